@@ -1,0 +1,164 @@
+"""Making an adapter from a name, a folder, a shape file or a model in memory."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from lmleak.adapters.base import ModelAdapter, refuse_unfit
+from lmleak.adapters.text import TEXT_TASKS, TextAdapter
+from lmleak.adapters.vision import VisionAdapter
+from lmleak.data.embedded import REFERENCE_MODELS
+from lmleak.errors import ConfigError, UnsupportedModelError
+from lmleak.lookup import lookup, suggest
+
+MODEL_CLASSES = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+}
+CLASS_SUFFIXES = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+}
+SHAPE_KEYS = {"model_type", "task", "tokenizer", "config", "seed"}
+
+
+def load_adapter(
+    name: str, *, task: str | None = None, tokenizer: str | None = None, device: str = "cpu", seed: int = 0
+) -> ModelAdapter:
+    """Load a language model in float32 with eager attention, ready for derivatives.
+
+    Args:
+        name: An embedded name ("reference-bert", "reference-gpt2"), a local directory, a shape file (YAML with
+            model_type, config and task; random weights), or a hub id.
+        task: One of ``TEXT_TASKS``; by default what the model's architecture says.
+        tokenizer: Name or directory of the tokenizer, if it is not beside the model.
+        device: Where to put the model.
+        seed: Seed of random weights (shape files, and heads that the checkpoint lacks).
+
+    Returns:
+        The adapter. A name that leads nowhere or a wrong shape file is refused as ``ConfigError``, a model that
+        cannot be audited as ``UnsupportedModelError``.
+    """
+    if task is not None:
+        lookup("task", task, MODEL_CLASSES)
+    source = str(REFERENCE_MODELS.get(name, name))
+    is_shape = Path(source).suffix in (".yaml", ".yml")
+    with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator by transformers
+        torch.manual_seed(seed)
+        model, task, tokenizer = _from_shape(source, task, tokenizer) if is_shape else _from_weights(
+            source, name, task, tokenizer
+        )  # fmt: skip
+    model = model.eval().to(device)
+    return adapt(model, tokenizer=_load_tokenizer(tokenizer), task=task, name=name)
+
+
+def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: str = "") -> ModelAdapter:
+    """Make an adapter for a model in memory. The model itself is left exactly as it is.
+
+    Args:
+        model: A transformers language model, or any image classifier.
+        tokenizer: The language model's tokenizer; None if batches will be token ids.
+        task: One of ``TEXT_TASKS`` or "image-classification"; by default read from the class name.
+        name: Name for reports.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ConfigError: If the task is not one of those.
+        UnsupportedModelError: If the model cannot be audited, or its task cannot be told.
+    """
+    refuse_unfit(model)
+    if task is None:
+        task = _task_of_class([base.__name__ for base in type(_innermost(model)).__mro__])
+    if task is None:
+        if hasattr(model, "get_input_embeddings"):
+            raise UnsupportedModelError(
+                f"cannot tell the task of {type(model).__name__}; it needs a head. Pass a ...ForSequenceClassification, "
+                f"...ForCausalLM or ...ForMaskedLM model, or task= (one of {', '.join(TEXT_TASKS)})"
+            )
+        task = "image-classification"
+    if task in TEXT_TASKS:
+        return TextAdapter(model, tokenizer, task=task, name=name)
+    if task == "image-classification":
+        return VisionAdapter(model, task=task, name=name)
+    raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, 'image-classification'])}")
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _task_of_class(class_names: list[str]) -> str | None:
+    for class_name in class_names:
+        for suffix, task in CLASS_SUFFIXES.items():
+            if class_name.endswith(suffix):
+                return task
+    return None
+
+
+def _from_weights(source: str, name: str, task: str | None, tokenizer: str | None):
+    try:
+        config = AutoConfig.from_pretrained(source)
+        task = task or _task_of_class(config.architectures or [])
+        if task is None:
+            raise UnsupportedModelError(
+                f"{name!r} does not say what it is for (architectures: {config.architectures}); "
+                f"pass task=, one of {', '.join(TEXT_TASKS)}"
+            )
+        model = MODEL_CLASSES[task].from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError | ConfigError):
+            raise
+        kind = "directory" if os.path.isdir(source) else "hub id (is the hub reachable?)"
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot load model {name!r} as a {kind}: {first_line}. {suggest(name, REFERENCE_MODELS)}, "
+            "a local directory, a shape file (.yaml) or a hub id"
+        ) from error
+    return model, task, tokenizer or source
+
+
+def _from_shape(path: str, task: str | None, tokenizer: str | None):
+    try:
+        shape = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the shape file {path}: {error}") from error
+    if not isinstance(shape, dict) or "model_type" not in shape:
+        raise ConfigError(f"{path} is no shape file: expected a mapping with model_type and config")
+    if unknown := set(shape) - SHAPE_KEYS:
+        raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(SHAPE_KEYS))}")
+    task = task or shape.get("task")
+    model_class = lookup("task", str(task), MODEL_CLASSES)
+    if "seed" in shape:
+        torch.manual_seed(shape["seed"])
+    try:
+        config = AutoConfig.for_model(shape["model_type"], **shape.get("config", {}))
+        model = model_class.from_config(config, attn_implementation="eager")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    return model, task, tokenizer or shape.get("tokenizer")
+
+
+def _load_tokenizer(name: str | None):
+    if name is None:
+        return None
+    source = str(REFERENCE_MODELS.get(name, name))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,109 @@
+"""Image classifiers: x is the normalised pixel tensor (B, C, H, W).
+
+The proof that the layer is shared: the operator and the influence function see no difference. Transformers
+image classifiers, data sets and image attacks are a later capability.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmleak.adapters.base import ModelAdapter, Prior
+from lmleak.errors import DataError
+from lmleak.types import Batch
+
+
+class VisionAdapter(ModelAdapter):
+    """An image classifier that maps (B, C, H, W) to logits (B, classes), or to an output with ``.logits``."""
+
+    def input(self, batch: Batch) -> Tensor:
+        """Return the pixels."""
+        return batch.inputs["pixel_values"]
+
+    def free(self, batch: Batch) -> Tensor:
+        """Return True everywhere: every pixel is private."""
+        return torch.ones_like(batch.inputs["pixel_values"], dtype=torch.bool)
+
+    def prior(self) -> Prior:
+        """Return mean 0 and deviation 1, what normalisation aims at."""
+        return Prior(torch.zeros((), dtype=self.dtype, device=self.device), 1.0)
+
+    def logits(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits (B, classes)."""
+        output = torch.func.functional_call(self.model, dict(parameters or {}), (x,))
+        return getattr(output, "logits", output)
+
+    def loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        layout: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the mean cross-entropy over the batch, in nats; targets are classes or probabilities."""
+        return F.cross_entropy(self.logits(x, parameters), targets)
+
+    def batch(self, examples: Tensor, labels=None) -> Batch:
+        """Return the batch.
+
+        Args:
+            examples: Normalised pixels (B, C, H, W).
+            labels: One class per image.
+
+        Returns:
+            The batch in the model's dtype and on its device.
+
+        Raises:
+            DataError: On wrong shapes, non-finite pixels or labels out of range.
+        """
+        if not isinstance(examples, Tensor) or examples.dim() != 4 or not len(examples):
+            got = tuple(examples.shape) if isinstance(examples, Tensor) else type(examples).__name__
+            raise DataError(f"expected pixel_values (B, C, H, W), got {got}")
+        if not torch.isfinite(examples).all():
+            raise DataError("the pixels hold NaN or Inf")
+        pixels = examples.to(self.device, self.dtype)
+        with torch.no_grad():
+            num_classes = self.logits(pixels[:1]).shape[-1]
+        return Batch({"pixel_values": pixels}, self.check_labels(labels, len(examples), num_classes))
+
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Return parameter names by the module that owns them, in the model's order."""
+        modules: dict[str, list[str]] = {}
+        for name in self.parameters():
+            modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        return {module: tuple(names) for module, names in modules.items()}
+
+
+class LeNet(nn.Module):
+    """The sigmoid network of the gradient-inversion papers.
+
+    Four 5x5 convolutions of 12 channels (strides 2, 2, 1, 1, padding 2) and one linear layer: 17,038 parameters
+    for 1x28x28. Source: Zhu et al. 2019, arXiv:1906.08935; used by Zhang et al. 2023, arXiv:2309.13016.
+
+    Args:
+        channels: Channels of the image.
+        size: Height and width.
+        num_classes: Classes.
+        init_range: Weights and biases are drawn from U(-init_range, init_range), as in those papers.
+        seed: Seed of that draw.
+    """
+
+    def __init__(self, channels: int = 1, size: int = 28, num_classes: int = 10, *, init_range=0.5, seed: int = 0):
+        super().__init__()
+        width, strides = 12, (2, 2, 1, 1)
+        inputs = (channels, width, width, width)
+        self.body = nn.Sequential()
+        for i, stride in zip(inputs, strides, strict=True):
+            self.body.extend([nn.Conv2d(i, width, 5, stride=stride, padding=2), nn.Sigmoid()])
+        side = (size + 3) // 4  # two convolutions of stride 2, each rounding up
+        self.fc = nn.Linear(width * side * side, num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.uniform_(-init_range, init_range, generator=generator)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits (B, num_classes)."""
+        return self.fc(self.body(pixels).flatten(1))

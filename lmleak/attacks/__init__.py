@@ -1,0 +1,56 @@
+"""Floor 3, the adversary: attacks see a released gradient and public facts, never the truth."""
+
+from dataclasses import fields
+
+from lmleak.adapters.base import ModelAdapter
+from lmleak.attacks.base import Attack
+from lmleak.attacks.matching import DLG, TAG
+from lmleak.attacks.span import Span
+from lmleak.errors import ConfigError
+from lmleak.gradients.shared import SharedGradient
+from lmleak.lookup import lookup, suggest
+from lmleak.types import Reconstruction
+
+ATTACKS: dict[str, type[Attack]] = {"dlg": DLG, "tag": TAG, "span": Span}
+
+
+def make_attack(name: str, **options) -> Attack:
+    """Return an attack by name.
+
+    Args:
+        name: One of ``ATTACKS``.
+        **options: Fields of its dataclass.
+
+    Returns:
+        The attack.
+
+    Raises:
+        ConfigError: On an unknown attack or option.
+    """
+    attack_class = lookup("attack", name, ATTACKS)
+    valid = [f.name for f in fields(attack_class)]
+    for option in options:
+        if option not in valid:
+            raise ConfigError(f"attack {name!r} has no option {option!r}. {suggest(option, valid)}")
+    return attack_class(**options)
+
+
+def run_attack(
+    name: str, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0, **options
+) -> Reconstruction:
+    """Recover private input from a released gradient.
+
+    Args:
+        name: One of ``ATTACKS``.
+        adapter: The model, whose weights the server knows.
+        shared: The released gradient.
+        seed: Seed of everything random in the attack.
+        **options: Options of the attack.
+
+    Returns:
+        What was recovered, and at what cost.
+    """
+    return make_attack(name, **options).run(adapter, shared, seed=seed)
+
+
+__all__ = ["ATTACKS", "DLG", "TAG", "Attack", "Span", "make_attack", "run_attack"]

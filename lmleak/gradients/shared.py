@@ -1,0 +1,185 @@
+"""The shared gradient: what a client sends, in memory and as a file.
+
+File format (version 1): one safetensors file. Tensors: ``gradient/<parameter name>`` for every released
+parameter, and optionally ``layout/<name>`` and ``labels`` (public facts the owner chose to reveal). Header
+metadata, all strings: ``format`` = "lmleak-gradient", ``version`` = "1", ``model``, ``task``, ``shared``
+(which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application).
+Seeds of random defenses are never written: they would let the server subtract the noise.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmleak.errors import DataError
+from lmleak.types import Observation
+
+FORMAT, VERSION = "lmleak-gradient", "1"
+
+
+@dataclass(frozen=True)
+class SharedGradient:
+    """A client's gradient with the public facts that travel with it.
+
+    ``gradient[name] = d L / d theta[name]`` for the mean loss L over one batch, after the named defenses.
+    """
+
+    gradient: Mapping[str, Tensor]
+    """Released gradient per parameter name, shapes as in the model."""
+    task: str
+    batch_size: int
+    model: str = ""
+    """Name of the model, for people; what is checked are names and shapes."""
+    shared: str = "all"
+    """The ``shared=`` specification that chose the parameters."""
+    defenses: tuple[str, ...] = ()
+    layout: Mapping[str, Tensor] = field(default_factory=dict)
+    """Revealed lengths: attention_mask (B, T) and such; empty if the server does not learn them."""
+    labels: Tensor | None = None
+    """Revealed class labels (B,); None if the server does not learn them."""
+
+    def __post_init__(self):
+        if not self.gradient:
+            raise DataError("a shared gradient needs at least one tensor, got none")
+        for name, tensor in self.gradient.items():
+            if not torch.isfinite(tensor).all():
+                raise DataError(
+                    f"the gradient of {name!r} holds NaN or Inf; expected finite numbers. "
+                    "Check the loss and the learning step that produced it."
+                )
+
+    @property
+    def rms(self) -> float:
+        """Root mean square over all released coordinates, the natural unit of noise."""
+        squares = sum(tensor.double().square().sum().item() for tensor in self.gradient.values())
+        return (squares / self.num_coordinates) ** 0.5
+
+    @property
+    def num_coordinates(self) -> int:
+        """P, the number of released numbers."""
+        return sum(tensor.numel() for tensor in self.gradient.values())
+
+    def released(self, gradient: Mapping[str, Tensor], defense: str) -> "SharedGradient":
+        """Return a copy that carries ``gradient`` instead and records the defense that made it."""
+        return replace(self, gradient=dict(gradient), defenses=(*self.defenses, defense))
+
+    def perturbation_from(self, true: "SharedGradient") -> dict[str, Tensor]:
+        """Return delta = released - true on the released parameters, what the influence function needs.
+
+        Parameters that a defense withheld are absent: they are no part of theta any more.
+        """
+        return {name: value - true.gradient[name] for name, value in self.gradient.items()}
+
+    def observation(self, *, lengths: bool, labels: bool) -> Observation:
+        """Return what an attacker sees, with lengths and labels only if the attack assumes them known."""
+        return Observation(
+            gradient=dict(self.gradient),
+            task=self.task,
+            batch_size=self.batch_size,
+            shared=self.shared,
+            defenses=self.defenses,
+            layout=dict(self.layout) if lengths and self.layout else None,
+            labels=self.labels if labels else None,
+        )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the gradient as a safetensors file (format in the module's docstring), atomically."""
+        path = Path(path)
+        tensors = {f"gradient/{name}": t.detach().cpu().contiguous() for name, t in self.gradient.items()}
+        tensors |= {f"layout/{name}": t.cpu().contiguous() for name, t in self.layout.items()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels.cpu().contiguous()
+        metadata = {
+            "format": FORMAT, "version": VERSION, "model": self.model, "task": self.task, "shared": self.shared,
+            "batch_size": str(self.batch_size), "reduction": "mean", "defenses": json.dumps(list(self.defenses)),
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, adapter=None) -> "SharedGradient":
+        """Read a gradient file.
+
+        Args:
+            path: A file that :meth:`save` wrote, or one of the same format.
+            adapter: If given, the file must fit this adapter's model (:meth:`check`).
+
+        Returns:
+            The gradient on the CPU.
+
+        Raises:
+            DataError: If the file is missing, truncated, of another format, holds NaN, or does not fit.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"no gradient file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} is not a readable safetensors file (truncated?): {error}") from error
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise DataError(
+                f"{path} is not a gradient file of version {VERSION}: its header says format="
+                f"{metadata.get('format')!r}, version={metadata.get('version')!r}, expected {FORMAT!r}, {VERSION!r}"
+            )
+        missing = {"task", "batch_size", "shared", "defenses"} - set(metadata)
+        if missing:
+            raise DataError(f"the header of {path} lacks {', '.join(sorted(missing))}")
+
+        def part(prefix):
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        try:
+            batch_size, defenses = int(metadata["batch_size"]), tuple(json.loads(metadata["defenses"]))
+        except ValueError as error:
+            raise DataError(f"the header of {path} is damaged: {error}") from error
+        loaded = cls(
+            gradient=part("gradient/"), task=metadata["task"], batch_size=batch_size,
+            model=metadata.get("model", ""), shared=metadata["shared"], defenses=defenses,
+            layout=part("layout/"), labels=tensors.get("labels"),
+        )  # fmt: skip
+        if adapter is not None:
+            loaded.check(adapter)
+        return loaded
+
+    def check(self, adapter) -> None:
+        """Refuse a gradient that this model cannot have produced.
+
+        Args:
+            adapter: The model's adapter.
+
+        Raises:
+            DataError: If the task, a name or a shape does not fit.
+        """
+        if self.task != adapter.task:
+            raise DataError(f"the gradient is of task {self.task!r}, the model of {adapter.task!r}")
+        shapes = {name: tuple(p.shape) for name, p in adapter.parameters().items()}
+        unknown = [name for name in self.gradient if name not in shapes]
+        if unknown:
+            raise DataError(
+                f"the gradient names {len(unknown)} parameter(s) that the model lacks, first {unknown[0]!r}; "
+                f"was it captured from another model ({self.model!r})?"
+            )
+        for name, tensor in self.gradient.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise DataError(
+                    f"the gradient of {name!r} has shape {tuple(tensor.shape)}, the model's parameter {shapes[name]}"
+                )

@@ -1,0 +1,200 @@
+"""The operator J = d g / d x: how the shared gradient moves with the private input.
+
+J is stored dx x P, as in Zhang et al. 2023 (arXiv:2309.13016): J delta is shaped like x, J^T v like theta.
+With the loss L(x; theta), J[i, k] = d^2 L / dx_i dtheta_k and A = J J^T (dx x dx, positive semidefinite).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lmleak.adapters.base import ModelAdapter
+from lmleak.errors import ConfigError, DataError
+from lmleak.influence.products import IMPLEMENTATIONS, DenseProducts, Products
+from lmleak.linops import FunctionOperator
+from lmleak.lookup import lookup
+from lmleak.types import Batch
+
+
+class InputJacobian(ABC):
+    """A linear map from theta-shaped to x-shaped tensors, on the free coordinates of x.
+
+    Args:
+        x: The point it is taken at.
+        free: Boolean, like x: False on padding, whose rows are zero.
+        parameter_shapes: Shape per parameter name.
+    """
+
+    def __init__(self, x: Tensor, free: Tensor, parameter_shapes: Mapping[str, torch.Size]):
+        self.x, self.free, self.parameter_shapes = x, free, dict(parameter_shapes)
+        self.dx = int(free.sum())
+
+    @abstractmethod
+    def _matvec(self, delta: Mapping[str, Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def _rmatvec(self, v: Tensor) -> dict[str, Tensor]: ...
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of theta, in the model's order."""
+        return tuple(self.parameter_shapes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(dx, P)."""
+        return self.dx, sum(s.numel() for s in self.parameter_shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of x, and of every product."""
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where products live."""
+        return self.x.device
+
+    def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
+        """Return J delta, shaped like x, zero on padding.
+
+        Args:
+            delta: One tensor per parameter name, shaped like the parameter; missing names count as zero.
+
+        Returns:
+            The product.
+
+        Raises:
+            DataError: On names outside theta or wrong shapes.
+        """
+        for name, tensor in delta.items():
+            if name not in self.parameter_shapes:
+                raise DataError(f"delta names {name!r}, which is not among the shared parameters")
+            if tensor.shape != self.parameter_shapes[name]:
+                expected = tuple(self.parameter_shapes[name])
+                raise DataError(f"delta of {name!r} has shape {tuple(tensor.shape)}, expected {expected}")
+        return self._matvec({n: d.to(self.x) for n, d in delta.items()}) * self.free
+
+    def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
+        """Return J^T v, one tensor per parameter name; v is shaped like x, its padding is ignored."""
+        self._check_vector(v)
+        return self._rmatvec(v * self.free)
+
+    def gram(self, v: Tensor) -> Tensor:
+        """Return A v = J J^T v, shaped like x."""
+        self._check_vector(v)
+        return self._matvec(self._rmatvec(v * self.free)) * self.free
+
+    def _check_vector(self, v: Tensor) -> None:
+        if v.shape != self.x.shape:
+            raise DataError(f"expected a vector shaped like x, {tuple(self.x.shape)}, got {tuple(v.shape)}")
+
+    def flatten(self, v: Tensor) -> Tensor:
+        """Return the free coordinates of an x-shaped tensor as a vector (dx,)."""
+        return v[self.free]
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """Return an x-shaped tensor from its free coordinates, zero on padding."""
+        return torch.zeros_like(self.x).masked_scatter(self.free, flat)
+
+    def gram_operator(self) -> FunctionOperator:
+        """Return A on flat vectors (dx,), for the solvers; it counts its products."""
+        return FunctionOperator(
+            lambda flat: self.flatten(self.gram(self.unflatten(flat))),
+            size=self.dx, dtype=self.dtype, device=self.device, positive_semidefinite=True,
+        )  # fmt: skip
+
+
+class GradientJacobian(InputJacobian):
+    """J for one batch.
+
+    Args:
+        adapter: The model.
+        batch: The private batch, at which J is taken.
+        shared: Which parameters are theta (``ModelAdapter.select``).
+        implementation: "autodiff" (any module) or "dense" (small problems, the oracle).
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        batch: Batch,
+        *,
+        shared: str = "no-word-embeddings",
+        implementation: str = "autodiff",
+    ):
+        selection = adapter.select(shared)
+        parameters = adapter.parameters()
+        self.theta = {name: parameters[name] for name in selection.names}
+        super().__init__(adapter.input(batch), adapter.free(batch), {n: p.shape for n, p in self.theta.items()})
+        products_class = lookup("implementation", implementation, IMPLEMENTATIONS)
+        self.implementation = implementation
+        self._loss = lambda theta, x: adapter.shared_loss(batch, x, theta, selection)
+        self._products: Products = products_class(self._loss, self.theta, self.x)
+
+    def _matvec(self, delta):
+        return self._products.matvec(delta)
+
+    def _rmatvec(self, v):
+        return self._products.rmatvec(v, self.parameter_names)
+
+    def restrict(self, names: Iterable[str]) -> "GradientJacobian":
+        """Return J on some of its parameters, sharing the graphs: what a partial release leaves.
+
+        Args:
+            names: Parameters to keep.
+
+        Returns:
+            The restricted operator.
+
+        Raises:
+            ConfigError: If a name is unknown or none is kept.
+        """
+        kept = set(names)
+        if not kept or kept - set(self.theta):
+            raise ConfigError(f"expected some of the {len(self.theta)} shared parameters, got {sorted(kept)[:3]}")
+        restricted = object.__new__(GradientJacobian)
+        restricted.__dict__ |= self.__dict__
+        restricted.theta = {n: p for n, p in self.theta.items() if n in kept}
+        restricted.parameter_shapes = {n: p.shape for n, p in restricted.theta.items()}
+        return restricted
+
+    def to_dense(self) -> Tensor:
+        """Return J on the free coordinates as a matrix (dx, P); small problems only."""
+        return DenseProducts(self._loss, self.theta, self.x).matrix[self.free.reshape(-1)]
+
+
+class CosineJacobian(InputJacobian):
+    """J of the gradient's direction, for attackers that match it by cosine similarity (GS).
+
+    With u = g / ||g||: J_c = J (I - u u^T) / ||g||. At x0 the Hessian of 1 - cos(g(x), g0) is J_c J_c^T, and an
+    attacker who receives g0 + delta errs by (J_c J_c^T)^-1 J_c delta / ||g|| to first order. Attacker: Geiping et
+    al. 2020, arXiv:2003.14053; the operator is our extension of Zhang et al. 2023.
+
+    Args:
+        jacobian: J.
+        gradient: g at x0, one tensor per parameter of J.
+    """
+
+    def __init__(self, jacobian: InputJacobian, gradient: Mapping[str, Tensor]):
+        super().__init__(jacobian.x, jacobian.free, jacobian.parameter_shapes)
+        self.jacobian = jacobian
+        gradient = {n: gradient[n].to(jacobian.x) for n in jacobian.parameter_names}
+        self.norm = sum(g.double().square().sum() for g in gradient.values()).sqrt().item()
+        if self.norm == 0:
+            raise DataError("the gradient is zero and has no direction to match")
+        self.direction = {n: g / self.norm for n, g in gradient.items()}
+
+    def _tangent(self, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return (I - u u^T) delta / ||g||."""
+        along = sum((self.direction[n] * d).sum() for n, d in delta.items())
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return {n: (delta.get(n, zero) - along * u) / self.norm for n, u in self.direction.items()}
+
+    def _matvec(self, delta):
+        return self.jacobian.matvec(self._tangent(delta))
+
+    def _rmatvec(self, v):
+        return self._tangent(self.jacobian.rmatvec(v))

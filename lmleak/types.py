@@ -1,0 +1,100 @@
+"""The typed things that pass between stages; frozen, shapes documented per field.
+
+Letters: B batch, T tokens, D width of an embedding, V vocabulary, P shared parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+IGNORE = -100  # target value that carries no loss, as in torch.nn.functional.cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the data owner holds: one private training batch. Attacks never receive this type."""
+
+    inputs: Mapping[str, Tensor]
+    """The private tensors: {"input_ids": (B, T)} or {"pixel_values": (B, C, H, W)}."""
+    targets: Tensor
+    """(B,) class labels or (B, T) token targets with ``IGNORE`` where there is no loss."""
+    layout: Mapping[str, Tensor] = field(default_factory=dict)
+    """What shapes the computation but is not the secret: {"attention_mask": (B, T)} for text."""
+
+    @property
+    def size(self) -> int:
+        """Number of examples B."""
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class TextBatch(Batch):
+    """A batch of token sequences, with the reference that recovered text is scored against."""
+
+    texts: tuple[str, ...] = ()
+    """What the owner wrote, decoded from the tokens the model sees, special tokens removed."""
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    """The private tokens of each text, special tokens and padding removed (unmasked, for masked LM)."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an attacker sees: a released gradient and public facts. It has no field for the truth."""
+
+    gradient: Mapping[str, Tensor]
+    """Released gradient per parameter name, as in ``model.named_parameters()``."""
+    task: str
+    """"sequence-classification", "causal-lm", "masked-lm" or "image-classification"."""
+    batch_size: int
+    """B."""
+    shared: str = "all"
+    """The ``shared=`` specification by which the parameters were chosen."""
+    defenses: tuple[str, ...] = ()
+    """Public description of what was applied, in order; never the seed of the noise."""
+    layout: Mapping[str, Tensor] | None = None
+    """Lengths and padding (attention_mask (B, T), token_type_ids), only if the attack assumes them known."""
+    labels: Tensor | None = None
+    """(B,) class labels, only if the attack assumes them known. Token targets are never given."""
+
+
+@dataclass(frozen=True)
+class AttackCost:
+    """What an attack spent."""
+
+    seconds: float
+    gradient_evaluations: int = 0
+    """Full-model gradients; a double backward counts as three."""
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack recovered; sequences are in no particular order."""
+
+    attack: str
+    token_ids: tuple[tuple[int, ...], ...]
+    """Recovered tokens per sequence, special tokens and padding removed."""
+    texts: tuple[str, ...]
+    """The same, decoded."""
+    confidence: tuple[tuple[float, ...], ...]
+    """Per recovered token, in [0, 1], larger is surer; each attack documents its scale."""
+    cost: AttackCost
+    stopped: str
+    """Why the attack ended, in words: "converged", "iteration limit", "no candidate left at position 7"."""
+    objective: float | None = None
+    """Final value of what the attack minimised, if it has one."""
+    embeddings: tuple[Tensor, ...] | None = None
+    """Recovered inputs per sequence, (T_i, D), special tokens included, if the attack works in that space."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, e.g. "the last position never enters the loss"."""
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """A vector's size in the two units that are never mixed."""
+
+    l2: float
+    """Euclidean norm, in units of x."""
+    rms: float
+    """``l2 / sqrt(dx)``: what an attack's RMSE compares with."""
