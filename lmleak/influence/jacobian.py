@@ -27,6 +27,9 @@ class InputJacobian(ABC):
         parameter_shapes: Shape per parameter name.
     """
 
+    perturbation_scale: float = 1.0
+    """The attacker sees delta times this; 1 except for attackers who normalise the gradient."""
+
     def __init__(self, x: Tensor, free: Tensor, parameter_shapes: Mapping[str, torch.Size]):
         self.x, self.free, self.parameter_shapes = x, free, dict(parameter_shapes)
         self.dx = int(free.sum())
@@ -186,6 +189,7 @@ class CosineJacobian(InputJacobian):
         if self.norm == 0:
             raise DataError("the gradient is zero and has no direction to match")
         self.direction = {n: g / self.norm for n, g in gradient.items()}
+        self.perturbation_scale = 1.0 / self.norm
 
     def _tangent(self, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return (I - u u^T) delta / ||g||."""

@@ -1,0 +1,157 @@
+"""Configuration: flat dataclasses, one YAML file per run, command-line arguments that win over it.
+
+A YAML file is turned into arguments and parsed together with the real ones, so that types, choices and unknown keys
+are checked in one way and the last word is the command line's. Field documentation is the string under the field.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lmleak.errors import ConfigError
+from lmleak.lookup import suggest
+
+T = TypeVar("T")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses with ConfigError instead of ending the process."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parse_config(config_class: type[T], argv: Sequence[str], *, prog: str = "lmleak") -> T:
+    """Return a configuration from ``[--config file.yaml] [--key value ...]``.
+
+    Args:
+        config_class: A flat dataclass; every field needs a default or must be given.
+        argv: Arguments without the program's name.
+        prog: The command's name in messages.
+
+    Returns:
+        The instance, after its own ``__post_init__`` checks.
+
+    Raises:
+        ConfigError: On unknown keys, wrong types or an unreadable file.
+    """
+    parser = _parser(config_class, prog)
+    path, rest = _split_config(list(argv))
+    parsed, unknown = parser.parse_known_args((_yaml_arguments(config_class, path) if path else []) + rest)
+    if unknown:
+        names = [f.name for f in dataclasses.fields(config_class)]
+        key = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        raise ConfigError(f"unknown argument {unknown[0]!r}. {suggest(key, [*names, 'config'])}")
+    return config_class(**vars(parsed))
+
+
+def to_yaml(config: Any) -> str:
+    """Return a resolved configuration as YAML that :func:`parse_config` reads back to an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of --config and the other arguments."""
+    path, rest, i = None, [], 0
+    while i < len(argv):
+        if argv[i] == "--config":
+            if i + 1 == len(argv):
+                raise ConfigError("--config needs a file name after it")
+            path, i = argv[i + 1], i + 2
+        elif argv[i].startswith("--config="):
+            path, i = argv[i].partition("=")[2], i + 1
+        else:
+            rest.append(argv[i])
+            i += 1
+    return path, rest
+
+
+def _yaml_arguments(config_class: type, path: str) -> list[str]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold 'key: value' lines, got a {type(settings).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    arguments: list[str] = []
+    for key, value in settings.items():
+        if key not in fields:
+            raise ConfigError(f"{path}: unknown key {key!r}. {suggest(str(key), list(fields))}")
+        if value is None:  # the field's default
+            continue
+        if isinstance(value, dict):
+            raise ConfigError(f"{path}: {key} holds a mapping; settings are flat")
+        expects_boolean = "bool" in str(fields[key].type)
+        if isinstance(value, bool) and not expects_boolean:
+            raise ConfigError(f"{path}: {key}: {value} is read as a truth value; quote it if a word is meant")
+        if isinstance(value, bool):
+            arguments.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            if any(isinstance(v, bool | dict | list) for v in value):
+                raise ConfigError(f"{path}: {key} must be a flat list of numbers or words")
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _parser(config_class: type, prog: str) -> _Parser:
+    """Return a parser with one option per field, named --field-name (or --field_name)."""
+    parser = _Parser(
+        prog=prog,
+        description=(inspect.getdoc(config_class) or "").partition("\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # a field that is not given keeps the dataclass's default
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; arguments given here win")
+    documentation, hints = _field_documentation(config_class), typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        text = documentation.get(field.name, "").replace("%", "%%")
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if default not in (dataclasses.MISSING, None, ""):
+            text = f"{text} (default: {default})"
+        names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
+        required = default is dataclasses.MISSING
+        parser.add_argument(*names, dest=field.name, help=text, required=required, **_kind(hints[field.name]))
+    return parser
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """Return argparse's keywords for a field type: bool, int, float, str, Literal, ``X | None``, list[X]."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [h for h in typing.get_args(hint) if h is not type(None)]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint), "type": type(typing.get_args(hint)[0])}
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return {"nargs": "*", "type": item, "metavar": item.__name__.upper()}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _field_documentation(config_class: type) -> dict[str, str]:
+    """Return the string under each annotated field of a class body."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    return {
+        statement.target.id: inspect.cleandoc(after.value.value)
+        for statement, after in itertools.pairwise(body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+        and isinstance(after.value.value, str)
+    }

@@ -1,0 +1,34 @@
+"""Matrix-free linear algebra on positive semidefinite operators: Lanczos, conjugate gradients, trace estimation.
+
+Knows torch only. Every result says how far it got: value, residual, iterations, converged.
+"""
+
+from lmleak.linops.base import FunctionOperator, LinearOperator, MatrixOperator, ProductOperator, ShiftedOperator
+from lmleak.linops.eigenvalue import EigenvalueResult, top_eigenvalue
+from lmleak.linops.lanczos import Krylov, lanczos, random_start
+from lmleak.linops.multishift import krylov_solve, multishift_cg, multishift_krylov
+from lmleak.linops.solve import SolveResult, StopReason, conjugate_gradient
+from lmleak.linops.trace import SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
+
+__all__ = [
+    "EigenvalueResult",
+    "FunctionOperator",
+    "Krylov",
+    "LinearOperator",
+    "MatrixOperator",
+    "ProductOperator",
+    "ShiftedOperator",
+    "SolveResult",
+    "SpectralSample",
+    "StopReason",
+    "TraceEstimate",
+    "conjugate_gradient",
+    "exact_spectrum",
+    "krylov_solve",
+    "lanczos",
+    "multishift_cg",
+    "multishift_krylov",
+    "random_start",
+    "spectral_probes",
+    "top_eigenvalue",
+]
