@@ -1,0 +1,224 @@
+"""How well two numbers agree over many examples, and how sure that is: rank correlation and bootstrap.
+
+Rows of one example (its layers, seeds, noise scales) are dependent. Where ``groups`` names the example of
+each row the bootstrap resamples examples, not rows (cluster bootstrap; Davison and Hinkley 1997, section
+3.8); resampling rows would give intervals that are too narrow.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lmleak.errors import ConfigError, DataError
+
+CHUNK = 2**21  # numbers per block of resamples, so that memory does not grow with their count
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its bootstrap interval; what could not be computed is None, with the reason."""
+
+    value: float | None
+    """The statistic on all points."""
+    low: float | None
+    high: float | None
+    confidence: float
+    """Nominal coverage of [low, high]."""
+    num_points: int
+    num_groups: int
+    """Independent units that were resampled (points, if no groups were given)."""
+    resamples: int
+    """Resamples that [low, high] rests on."""
+    dropped: int
+    """Resamples left out because the statistic is not defined on them (a constant column)."""
+    method: str
+    reason: str = ""
+    """Why something is None; empty otherwise."""
+
+
+@dataclass(frozen=True)
+class Correlation(Interval):
+    """A rank correlation in [-1, 1] with its interval."""
+
+
+def rank_correlation(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Correlation:
+    """Spearman's rank correlation with a percentile bootstrap interval.
+
+    ``rho = sum_i (a_i - mean a)(b_i - mean b) / sqrt(sum_i (a_i - mean a)^2 sum_i (b_i - mean b)^2)`` where
+    a and b (n,) are the ranks of x and y, ties sharing their average rank (equal to
+    ``scipy.stats.spearmanr``). Ranks are taken anew within each resample.
+
+    Args:
+        x: First number per row, (n,).
+        y: Second number per row, (n,).
+        groups: The example each row belongs to, (n,); None if every row is its own.
+        confidence: Nominal coverage of the interval, strictly between 0 and 1.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The correlation. With a constant column ``value`` is None; with a single group, or where no
+        resample varies, the bounds are None. ``reason`` then says why.
+
+    Raises:
+        DataError: If the columns differ in length, are shorter than two rows, or hold NaN, Inf or None.
+    """
+    x, y = _column("x", x), _column("y", y)
+    if len(x) != len(y):
+        raise DataError(f"x has {len(x)} row(s) and y {len(y)}; expected one pair per row")
+    if len(x) < 2:
+        raise DataError(f"a correlation needs at least two rows, got {len(x)}")
+    _check(confidence, resamples)
+    units = _units(groups, len(x))
+    method = "Spearman, percentile bootstrap" + _over(groups)
+    for name, column in (("x", x), ("y", y)):
+        if (column == column[0]).all():
+            return Correlation(
+                value=None, low=None, high=None, confidence=confidence, num_points=len(x),
+                num_groups=int(units.max()) + 1, resamples=0, dropped=0, method=method,
+                reason=f"{name} is constant: all its values share one rank",
+            )  # fmt: skip
+
+    def correlations(weights):  # (R, n) -> (R,)
+        return _weighted_spearman(x, y, weights)
+
+    return Correlation(**_bootstrap(correlations, units, confidence, resamples, seed), method=method)
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of a column, ``sum_i v_i / n``, with a percentile bootstrap interval.
+
+    For the difference of two methods on the same rows, give the per-row differences (a paired bootstrap).
+
+    Args:
+        values: One number per row, (n,), in any unit; the interval has the same.
+        groups: The example each row belongs to, (n,); None if every row is its own.
+        confidence: Nominal coverage of the interval, strictly between 0 and 1.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The mean over rows. With a single group the bounds are None and ``reason`` says why.
+
+    Raises:
+        DataError: If there is no row, or one holds NaN, Inf or None.
+    """
+    values = _column("values", values)
+    if not len(values):
+        raise DataError("a mean needs at least one row, got none")
+    _check(confidence, resamples)
+    units = _units(groups, len(values))
+
+    def means(weights):  # (R, n) -> (R,)
+        return weights @ values / weights.sum(axis=1)
+
+    method = "mean, percentile bootstrap" + _over(groups)
+    return Interval(**_bootstrap(means, units, confidence, resamples, seed), method=method)
+
+
+def _bootstrap(statistic, units: NDArray, confidence: float, resamples: int, seed: int) -> dict:
+    """Return the fields of an Interval for a statistic of row weights, (R, n) -> (R,), NaN if undefined."""
+    num_points, num_groups = len(units), int(units.max()) + 1
+    draws = np.empty(0)
+    if num_groups > 1:
+        generator, share = np.random.default_rng(seed), np.full(num_groups, 1 / num_groups)
+        block = max(1, CHUNK // num_points)
+        sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+        times_drawn = (generator.multinomial(num_groups, share, size=size) for size in sizes)  # (R, groups)
+        draws = np.concatenate([statistic(times[:, units].astype(float)) for times in times_drawn])
+    kept = draws[~np.isnan(draws)]
+    low = high = None
+    if len(kept):
+        low, high = map(float, np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    reason = "every resample held a constant column" if len(draws) else "one group only: nothing to resample"
+    return {
+        "value": float(statistic(np.ones((1, num_points)))[0]),
+        "low": low,
+        "high": high,
+        "confidence": confidence,
+        "num_points": num_points,
+        "num_groups": num_groups,
+        "resamples": len(kept),
+        "dropped": len(draws) - len(kept),
+        "reason": "" if len(kept) else reason,
+    }
+
+
+def _weighted_spearman(x: NDArray, y: NDArray, weights: NDArray) -> NDArray:
+    """Return Spearman's correlation per resample, where row i occurs ``weights[r, i]`` times."""
+    total = weights.sum(axis=1, keepdims=True)
+    mean_rank = (total + 1) / 2
+    a, b = (_weighted_ranks(column, weights) - mean_rank for column in (x, y))
+    covariance = (weights * a * b).sum(axis=1)
+    scale = np.sqrt((weights * a * a).sum(axis=1) * (weights * b * b).sum(axis=1))
+    varies = scale > 0
+    correlation = np.full(len(weights), np.nan)
+    correlation[varies] = np.clip(covariance[varies] / scale[varies], -1, 1)
+    return correlation
+
+
+def _weighted_ranks(column: NDArray, weights: NDArray) -> NDArray:
+    """Return the average rank of each row of ``column`` (n,) within each resample, (R, n).
+
+    The copies of a value that occurs c times, with s copies of smaller values, take the ranks
+    s + 1 ... s + c: on average s + (c + 1) / 2.
+    """
+    order = np.argsort(column, kind="stable")
+    ordered = column[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # where each distinct value starts
+    copies = np.add.reduceat(weights[:, order], first, axis=1)
+    ranks = np.cumsum(copies, axis=1) - copies + (copies + 1) / 2
+    value_index = np.empty(len(column), dtype=int)
+    value_index[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(column)))
+    return ranks[:, value_index]
+
+
+def _units(groups, num_points: int) -> NDArray:
+    """Return the number of the group that each row belongs to, (n,), counted from 0."""
+    if groups is None:
+        return np.arange(num_points)
+    if len(groups) != num_points:
+        raise DataError(f"groups names {len(groups)} row(s) of {num_points}; expected one example per row")
+    if hasattr(groups, "tolist"):  # the elements of a tensor hash by identity
+        groups = groups.tolist()
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(group, len(number)) for group in groups])
+
+
+def _over(groups) -> str:
+    return " over rows" if groups is None else " over groups"
+
+
+def _column(name: str, values: ArrayLike) -> NDArray:
+    """Return a column as float64, refusing what has no rank."""
+    column = np.asarray(values, dtype=float)
+    if column.ndim != 1:
+        raise DataError(f"{name} has shape {column.shape}; expected one number per row, (n,)")
+    if not np.isfinite(column).all():
+        bad = int((~np.isfinite(column)).sum())
+        raise DataError(f"{name} holds {bad} NaN, Inf or missing value(s); leave those rows out of every column")
+    return column
+
+
+def _check(confidence: float, resamples: int) -> None:
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must lie strictly between 0 and 1, got {confidence}; write 0.95 for 95 %")
+    if resamples < 1:
+        raise ConfigError(f"resamples must be at least 1, got {resamples}; 2000 is the default")
