@@ -9,6 +9,7 @@ from lmleak.attacks.span import Span
 from lmleak.errors import ConfigError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.lookup import lookup, suggest
+from lmleak.specification import build_parts
 from lmleak.types import Reconstruction
 
 ATTACKS: dict[str, type[Attack]] = {"dlg": DLG, "tag": TAG, "span": Span}
@@ -35,6 +36,24 @@ def make_attack(name: str, **options) -> Attack:
     return attack_class(**options)
 
 
+def parse_attack(spec: str) -> Attack:
+    """Return the attack that a specification string describes.
+
+    Args:
+        spec: "span", "tag(iterations=500)", ...
+
+    Returns:
+        The attack.
+
+    Raises:
+        ConfigError: If it cannot be read, or names more than one attack.
+    """
+    parts = build_parts(spec, "attack", ATTACKS, "tag(iterations=500)")
+    if len(parts) != 1:
+        raise ConfigError(f"{spec!r} names {len(parts)} attacks; list them one by one")
+    return parts[0]
+
+
 def run_attack(
     name: str, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0, **options
 ) -> Reconstruction:
@@ -53,4 +72,4 @@ def run_attack(
     return make_attack(name, **options).run(adapter, shared, seed=seed)
 
 
-__all__ = ["ATTACKS", "DLG", "TAG", "Attack", "Span", "make_attack", "run_attack"]
+__all__ = ["ATTACKS", "DLG", "TAG", "Attack", "Span", "make_attack", "parse_attack", "run_attack"]

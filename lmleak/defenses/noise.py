@@ -1,0 +1,113 @@
+"""Additive noise, Gaussian and Laplace, parametrised by its standard deviation so that the two compare."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lmleak.defenses.base import Defense, global_norm, num_coordinates
+from lmleak.defenses.seeding import random_stream
+from lmleak.lookup import lookup
+
+
+def unit_noise(
+    name: str, shape: Sequence[int], dtype: torch.dtype, seed: int, distribution: str = "gaussian"
+) -> Tensor:
+    """Return independent noise of mean 0 and variance 1 for one parameter.
+
+    A defense of absolute standard deviation s adds exactly ``s * unit_noise(...)``, so a sweep over noise
+    levels needs one draw per parameter. Drawn on the CPU in float64 and then rounded: the noise is the same
+    for every device, and for every dtype up to rounding.
+
+    Args:
+        name: The parameter's name; with the seed it selects the random stream.
+        shape: Shape of the parameter.
+        dtype: Dtype of the result.
+        seed: The defense's seed.
+        distribution: "gaussian" or "laplace".
+
+    Returns:
+        Noise of ``shape`` on the CPU.
+
+    Raises:
+        ConfigError: If the distribution is unknown.
+    """  # noqa: DOC502 (raised by lookup)
+    draw = lookup("noise distribution", distribution, _DISTRIBUTIONS)
+    return draw(tuple(shape), random_stream(seed, name, distribution)).to(dtype)
+
+
+def _gaussian(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _laplace(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Invert the distribution function: -sign(w) log(1 - |w|) / sqrt(2), w uniform in (-1, 1)."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)  # multiples of 2^-53 in [0, 1)
+    w = 2 * uniform - 1 + 2**-53  # the centre of each cell: symmetric, and |w| < 1 keeps the logarithm finite
+    return -w.sign() * torch.log1p(-w.abs()) / 2**0.5
+
+
+_DISTRIBUTIONS = {"gaussian": _gaussian, "laplace": _laplace}
+
+
+@dataclass(frozen=True)
+class _AdditiveNoise(Defense):
+    """g + std * unit_noise, independent for every coordinate."""
+
+    std: float
+    """Standard deviation per coordinate, in the unit below."""
+    unit: str = "absolute"
+    """"absolute": the gradient's own unit; "rms": multiples of the root mean square of the incoming gradient
+    over all its coordinates (1 = noise as large as the gradient)."""
+    seed: int = field(default=0, repr=False)
+
+    random: ClassVar[bool] = True
+    distribution: ClassVar[str]
+
+    def __post_init__(self):
+        self._check_number("std", "a finite number >= 0", lambda std: std >= 0)
+        self._check_choice("unit", ("absolute", "rms"))
+        self._check_seed()
+
+    def apply(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return g + s z with z the unit noise and s the absolute standard deviation."""
+        std = self.absolute_std(gradient)
+        return {name: tensor + std * self._noise(name, tensor) for name, tensor in gradient.items()}
+
+    def absolute_std(self, gradient: Mapping[str, Tensor]) -> float:
+        """Return s, ``std`` in the gradient's own unit; 0 for an all-zero gradient if the unit is "rms"."""
+        if self.unit == "absolute":
+            return self.std
+        return self.std * global_norm(gradient) / num_coordinates(gradient) ** 0.5
+
+    def _noise(self, name: str, tensor: Tensor) -> Tensor:
+        return unit_noise(name, tensor.shape, tensor.dtype, self.seed, self.distribution).to(tensor.device)
+
+
+@dataclass(frozen=True)
+class GaussianNoise(_AdditiveNoise):
+    """Add independent Gaussian noise N(0, std^2) to every coordinate.
+
+    Noise on the mean gradient of the batch, as the inversion influence function assumes; it is no
+    differential privacy by itself, which needs per-example clipping as well.
+    """
+
+    name: ClassVar[str] = "gaussian"
+    paper: ClassVar[str] = "Zhu, Liu and Han, Deep Leakage from Gradients, NeurIPS 2019, noisy gradients"
+    example: ClassVar[str] = "gaussian(std=0.1, unit=rms)"
+    distribution: ClassVar[str] = "gaussian"
+
+
+@dataclass(frozen=True)
+class LaplaceNoise(_AdditiveNoise):
+    """Add independent Laplace noise of standard deviation ``std`` to every coordinate.
+
+    The scale of the density exp(-|z| / b) / (2 b) is b = std / sqrt(2).
+    """
+
+    name: ClassVar[str] = "laplace"
+    paper: ClassVar[str] = "Zhu, Liu and Han, Deep Leakage from Gradients, NeurIPS 2019, noisy gradients"
+    example: ClassVar[str] = "laplace(std=0.1, unit=rms)"
+    distribution: ClassVar[str] = "laplace"

@@ -1,0 +1,317 @@
+"""The main job: what do the gradients of this model leak of these texts, under these defenses?"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+
+from lmleak.adapters import TextAdapter, load_adapter
+from lmleak.attacks import parse_attack
+from lmleak.data import Examples, load_examples
+from lmleak.defenses import parse_defense
+from lmleak.errors import ConfigError, DataError, UnsupportedModelError
+from lmleak.evaluation.example import ExampleEvaluator, ExampleSettings
+from lmleak.evaluation.run import process_state, run_items
+from lmleak.evaluation.shards import ResultFolder
+from lmleak.lookup import suggest
+
+NOT_PART_OF_RESULTS = ("output", "resume", "fail_above", "processes")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Measure what the gradients of a language model leak, with and without defenses."""
+
+    model: str = "reference-gpt2"
+    """Embedded name (reference-bert, reference-gpt2), local directory, shape file (.yaml) or hub id."""
+    task: str | None = None
+    """sequence-classification, causal-lm or masked-lm; read from the model if not given."""
+    tokenizer: str | None = None
+    """Name or directory of the tokenizer, if it is not beside the model."""
+    data: str | None = None
+    """A .txt, .csv, .tsv, .jsonl or .parquet file, or a datasets id; the embedded samples if not given."""
+    texts: list[str] = field(default_factory=list)
+    """Texts given here instead of data."""
+    labels: list[int] = field(default_factory=list)
+    """Their classes, for a classifier."""
+    text_column: str | None = None
+    """Column that holds the text; a number in a file without a header."""
+    label_column: str | None = None
+    """Column that holds the class, for a classifier."""
+    split: str | None = None
+    """Split of a datasets id."""
+    samples: int = 8
+    """Number of gradients to audit; each takes the next batch_size texts."""
+    batch_size: int = 1
+    """Texts per gradient."""
+    max_length: int | None = None
+    """Truncate texts to this many tokens; too long texts are refused otherwise."""
+    padding_side: Literal["right", "left"] = "right"
+    """Side on which shorter texts of a batch are padded."""
+    shared: str = "no-word-embeddings"
+    """Parameters whose gradient is shared: all, no-word-embeddings, embeddings, block:0-3, head, lora or a regex."""
+    defenses: list[str] = field(default_factory=lambda: ["none"])
+    """Defenses in use or considered, e.g. none "clip(max_norm=1)+gaussian(std=0.01)" "prune(ratio=0.9)"."""
+    noise_levels: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0, 100.0])
+    """Sweep of Gaussian noise, in multiples of the gradient's root mean square."""
+    attacks: list[str] = field(default_factory=lambda: ["span", "tag"])
+    """Attacks to run, with options if wanted: span "tag(iterations=500)"."""
+    damping: float | None = None
+    """Damping of the influence function; if not given, that of the attacker who knows noise and prior."""
+    tolerance: float = 1e-3
+    """Relative residual of the solver."""
+    max_products: int = 300
+    """Most operator products per solve; an unconverged number is marked as a lower bound."""
+    probes: int = 4
+    """Random probes for averages over the noise; 0 leaves them out."""
+    probe_steps: int = 40
+    """Products per probe."""
+    seed: int = 0
+    """Seed of noise, probes and attacks."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    threads: int | None = None
+    """CPU threads per process; torch's choice if not given."""
+    output: str = "lmleak-report"
+    """Folder for results.jsonl, summary.json, config.yaml, figures and report.html."""
+    resume: bool = True
+    """Continue a run of the same configuration that was interrupted."""
+    processes: int | None = None
+    """Refuse to run unless this many processes are running."""
+    fail_above: float | None = None
+    """Exit with status 3 if an attack recovers more than this share of tokens under one of the defenses."""
+
+    def __post_init__(self):
+        positive = ("samples", "batch_size", "max_products", "probe_steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.probes == 1 or self.probes < 0:
+            raise ConfigError(f"probes must be 0 or at least 2 (a standard error needs two), got {self.probes}")
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
+        if self.damping is not None and not self.damping >= 0:
+            raise ConfigError(f"damping must be at least 0, got {self.damping}")
+        if bad := [level for level in self.noise_levels if not 0 < level < float("inf")]:
+            raise ConfigError(f"noise_levels must be positive, got {bad[0]}; the clean gradient is the defense 'none'")
+        if self.data and self.texts:
+            raise ConfigError("give data= or texts=, not both")
+        if self.labels and len(self.labels) != len(self.texts):
+            raise ConfigError(f"got {len(self.labels)} labels for {len(self.texts)} texts")
+        if not self.defenses and not self.noise_levels:
+            raise ConfigError("nothing to measure: give defenses= or noise_levels=")
+        if self.fail_above is not None:
+            if not 0 <= self.fail_above <= 1:
+                raise ConfigError(f"fail_above is a share of tokens in [0, 1], got {self.fail_above}")
+            if not self.attacks or not self.defenses:
+                raise ConfigError("fail_above judges what attacks recover under defenses; give attacks= and defenses=")
+        for spec in self.defenses:
+            parse_defense(spec)
+        for spec in self.attacks:
+            parse_attack(spec)
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found."""
+
+    rows: list[dict]
+    """One per example and release, as in results.jsonl."""
+    meta: dict
+    """How it was made."""
+    folder: Path
+    worst_recall: float | None
+    """Largest mean token recall of an attack under one of the owner's defenses; None if no attack could run."""
+
+
+def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult:
+    """Run an audit and write results.jsonl and config.yaml; every input is checked before anything is written.
+
+    Args:
+        config: The settings.
+        command: The command that started it, for the report.
+
+    Returns:
+        The rows and how they were made, on every process.
+    """
+    start = time.perf_counter()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    state = process_state(config.processes)
+    adapter = load_text_adapter(config, state)
+    items, origin = make_items(config, adapter)
+    evaluator = ExampleEvaluator(adapter, example_settings(config))
+    for texts, labels in items:  # refuse bad input now, not in the middle of the run
+        adapter.batch(texts, labels, max_length=config.max_length, padding_side=config.padding_side)
+    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
+    folder = ResultFolder(config.output, decisive, resume=config.resume)
+    rows = run_items(items, lambda i, item: evaluator.rows(i, *item), folder, state, label="auditing")
+    meta = describe(config, adapter, origin, len(items), state, command) | {"seconds": time.perf_counter() - start}
+    return AuditResult(rows, meta, folder.path, worst_recall(rows))
+
+
+def load_text_adapter(config: AuditConfig, state: PartialState) -> TextAdapter:
+    """Load the model on this process's device.
+
+    Args:
+        config: The settings.
+        state: This process's place.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ConfigError: If CUDA was asked for and is absent.
+        UnsupportedModelError: If it is no language model.
+    """
+    wants_cuda = config.device.startswith("cuda")
+    if wants_cuda and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
+    device = str(state.device) if config.device == "auto" else config.device
+    adapter = load_adapter(config.model, task=config.task, tokenizer=config.tokenizer, device=device, seed=config.seed)
+    if not isinstance(adapter, TextAdapter):
+        raise UnsupportedModelError(
+            f"the audit works on language models; {config.model!r} is of task {adapter.task!r}"
+        )
+    return adapter
+
+
+def make_items(
+    config: AuditConfig, adapter: TextAdapter
+) -> tuple[list[tuple[tuple[str, ...], list[int] | None]], str]:
+    """Return the batches of texts and labels to audit, and where they come from.
+
+    Args:
+        config: The settings.
+        adapter: The model, which says whether labels are needed and what they are called.
+
+    Returns:
+        (texts, labels) per gradient, and the origin.
+
+    Raises:
+        DataError: If there are too few examples.
+    """
+    wanted = config.samples * config.batch_size
+    if config.texts:
+        examples = Examples(tuple(config.texts), tuple(config.labels) or None, "texts given on the command line")
+    else:
+        examples = load_examples(
+            config.data, text_column=config.text_column, label_column=config.label_column,
+            split=config.split, limit=wanted,
+        )  # fmt: skip
+    size = config.batch_size
+    count = min(config.samples, len(examples.texts) // size)
+    if count == 0:
+        raise DataError(f"{examples.origin} holds {len(examples.texts)} examples, fewer than batch_size={size}")
+    labels = None
+    if adapter.task == "sequence-classification":
+        labels = class_numbers(examples.labels, adapter, examples.origin)
+    starts = range(0, count * size, size)
+    items = [(examples.texts[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
+    return items, examples.origin
+
+
+def class_numbers(labels: Sequence[int | str] | None, adapter: TextAdapter, origin: str) -> list[int]:
+    """Return class numbers for labels that may be class names of the model's configuration.
+
+    Args:
+        labels: Numbers or names.
+        adapter: The classifier.
+        origin: Where the labels come from, for messages.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        DataError: If labels are missing or a name is unknown.
+    """
+    if labels is None:
+        raise DataError(f"{origin} has no labels, and the gradient of a classifier needs them; pass label_column=")
+    names = {str(k): v for k, v in (adapter.config.label2id or {}).items()}
+    numbers = []
+    for label in labels:
+        if isinstance(label, str) and label not in names:
+            raise DataError(f"{origin}: the model has no class {label!r}. {suggest(label, names)}")
+        numbers.append(names[label] if isinstance(label, str) else label)
+    return numbers
+
+
+def example_settings(config: AuditConfig) -> ExampleSettings:
+    """Return what is measured on each example."""
+    return ExampleSettings(
+        shared=config.shared,
+        defenses=tuple((str(parse_defense(spec)), parse_defense(spec)) for spec in config.defenses),
+        noise_levels=tuple(config.noise_levels),
+        attacks=tuple((spec, parse_attack(spec)) for spec in config.attacks),
+        damping=config.damping,
+        tolerance=config.tolerance,
+        max_products=config.max_products,
+        probes=config.probes,
+        probe_steps=config.probe_steps,
+        max_length=config.max_length,
+        padding_side=config.padding_side,
+        seed=config.seed,
+    )
+
+
+def worst_recall(rows: list[dict]) -> float | None:
+    """Return the largest mean token recall of any attack under any of the owner's defenses."""
+    by_pair: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        for name, attack in row["attacks"].items():
+            if not row["sweep"] and "refused" not in attack:
+                by_pair.setdefault((row["defense"], name), []).append(attack["token_recall"])
+    return max((sum(values) / len(values) for values in by_pair.values()), default=None)
+
+
+def describe(
+    config: AuditConfig, adapter: TextAdapter, origin: str, samples: int, state: PartialState, command: str | None
+) -> dict:
+    """Return the circumstances of a run, for the report."""
+    libraries = ("torch", "transformers", "datasets", "accelerate", "evaluate")
+    return {
+        "model": config.model,
+        "task": adapter.task,
+        "data": origin,
+        "samples": samples,
+        "batch_size": config.batch_size,
+        "attacks": list(config.attacks),
+        "defenses": [str(parse_defense(spec)) for spec in config.defenses],
+        "noise_levels": list(config.noise_levels),
+        "shared": config.shared,
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in adapter.parameters().values()),
+        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
+        | {name: version(name) for name in libraries},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "world_size": state.num_processes,
+        "device": str(adapter.device),
+        "metric_of_risk": "token_recall",
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of a source checkout; None for an installed package."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or there is no commit yet
+        return None
+    return found.stdout.strip()

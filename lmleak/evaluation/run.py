@@ -1,0 +1,114 @@
+"""Running items over processes: the only place, with the recipes, that knows accelerate.
+
+The model is replicated on every process and never wrapped; items are split. An item's result depends on its number and
+the configuration alone, so one process or many give the same rows.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lmleak.errors import ConfigError, LmleakError
+from lmleak.evaluation.shards import ResultFolder
+
+T = TypeVar("T")
+
+
+def process_state(expected: int | None = None) -> PartialState:
+    """Return this process's place among all.
+
+    Args:
+        expected: Number of processes the user asked for.
+
+    Returns:
+        The state; on a machine without GPUs the processes talk over gloo.
+
+    Raises:
+        ConfigError: If another number of processes is really running.
+    """
+    # A process that has finished waits for the others, which may take longer than the default half hour.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launched if expected is None else expected
+    if state.num_processes != wanted:
+        raise ConfigError(
+            f"{state.num_processes} process(es) are running, {wanted} were asked for. Two CPU processes need "
+            "'accelerate launch --config_file configs/accelerate/cpu2.yaml' (MULTI_GPU with use_cpu)"
+        )
+    return state
+
+
+def run_items(
+    items: Sequence[T], work: Callable[[int, T], list[dict]], folder: ResultFolder, state: PartialState, *, label: str
+) -> list[dict]:
+    """Work through the items that are not finished yet, split over the processes, and merge.
+
+    Args:
+        items: All items of the run, the same on every process.
+        work: Returns the rows of one item from its number and itself.
+        folder: Where rows are kept.
+        state: This process's place.
+        label: What is being done, for the progress bar.
+
+    Returns:
+        All rows in item order, on every process. If one process refuses an item, all stop and raise its refusal;
+        what was finished stays.
+    """
+    _on_main(state, folder.open)
+    done = folder.finished()
+    remaining = [i for i in range(len(items)) if i not in done]
+    failure: Exception | None = None
+    with state.split_between_processes(remaining) as mine, _progress(state, len(mine), label) as advance:
+        for i in mine:
+            try:
+                folder.append(state.process_index, i, work(i, items[i]))
+            except LmleakError as error:
+                failure = error
+                break
+            advance()
+    # Every process learns of a refusal, or those that wait in the gather below would wait for ever.
+    failures = [f for f in gather_object([failure]) if f is not None]
+    if failures:
+        raise failures[0]
+    rows = _on_main(state, lambda: folder.merge(range(len(items))))
+    return rows
+
+
+def _on_main(state: PartialState, action: Callable[[], T]) -> T:
+    """Run an action on the main process and return its result, or raise its refusal, on all."""
+    outcome: list = [None]
+    if state.is_main_process:
+        try:
+            outcome = [(True, action())]
+        except LmleakError as error:
+            outcome = [(False, error)]
+    succeeded, value = gather_object(outcome)[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+class _progress:
+    """A progress bar on the main process, over its own share; silent elsewhere."""
+
+    def __init__(self, state: PartialState, total: int, label: str):
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn()]  # fmt: skip
+        share = f" (share of {state.num_processes})" if state.num_processes > 1 else ""
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not state.is_main_process)
+        self.label, self.total = label + share, total
+
+    def __enter__(self) -> Callable[[], None]:
+        self.bar.start()
+        task = self.bar.add_task(self.label, total=self.total)
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *exception) -> None:
+        self.bar.stop()

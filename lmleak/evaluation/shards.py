@@ -1,0 +1,128 @@
+"""Results on disk: one append-only file per process, merged at the end, safe to kill at any moment.
+
+Folder: ``config.yaml`` (resolved, replayable), ``shards/rank-<r>.jsonl`` (one line per finished item, whole or
+absent), ``results.jsonl`` (all rows in item order, written only when everything is finished).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from lmleak.errors import ConfigError, DataError
+
+
+class ResultFolder:
+    """The output folder of one run.
+
+    Args:
+        path: The folder; created if absent.
+        config: The settings that decide the results. A folder that holds results of other settings is refused.
+        resume: Whether finished items of an earlier, identical run are kept; otherwise they are refused too.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: dict, *, resume: bool = True):
+        self.path, self.config, self.resume = Path(path), config, resume
+        self.shards = self.path / "shards"
+
+    def open(self) -> None:
+        """Check and prepare the folder; on one process only.
+
+        Raises:
+            ConfigError: If the folder holds results of a different configuration, or anything that is not ours.
+        """
+        saved = self.path / "config.yaml"
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; output= must name a folder")
+        if saved.exists():
+            difference = _difference(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, self.config)
+            if difference:
+                raise ConfigError(
+                    f"{self.path} holds results of a different configuration ({difference}); "
+                    "choose another output= or delete that folder"
+                )
+            if not self.resume:
+                raise ConfigError(
+                    f"{self.path} holds results already; pass resume=true to continue or another output="
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no lmleak results; choose another output=")
+        self.shards.mkdir(parents=True, exist_ok=True)
+        for shard in self.shards.glob("rank-*.jsonl"):
+            _drop_torn_line(shard)
+        write_atomically(saved, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+
+    def finished(self) -> dict[int, list[dict]]:
+        """Return the rows of every finished item by item number."""
+        done: dict[int, list[dict]] = {}
+        for shard in sorted(self.shards.glob("rank-*.jsonl")):
+            for number, line in enumerate(shard.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                    done.setdefault(int(entry["item"]), entry["rows"])
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{shard}, line {number} is damaged ({error}); delete that line to redo it"
+                    ) from error
+        return done
+
+    def append(self, rank: int, item: int, rows: list[dict]) -> None:
+        """Record a finished item: one line, flushed to the disk before this returns."""
+        line = json.dumps({"item": item, "rows": rows}, allow_nan=False, ensure_ascii=False)
+        with open(self.shards / f"rank-{rank}.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def merge(self, items: Iterable[int]) -> list[dict]:
+        """Write results.jsonl in item order and return its rows; on one process only.
+
+        Args:
+            items: Numbers of all items of the run.
+
+        Returns:
+            The rows.
+
+        Raises:
+            DataError: If an item is missing.
+        """
+        done = self.finished()
+        missing = [i for i in items if i not in done]
+        if missing:
+            raise DataError(f"{len(missing)} item(s) did not finish, first {missing[0]}; run again to resume")
+        rows = [row for i in sorted(done) for row in done[i]]
+        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.path / "results.jsonl", text)
+        return rows
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _drop_torn_line(shard: Path) -> None:
+    """Remove what a killed process wrote after its last complete line."""
+    content = shard.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with open(shard, "r+b") as file:
+            file.truncate(len(whole))
+
+
+def _difference(old: dict, new: dict) -> str:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+    return ""
