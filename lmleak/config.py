@@ -145,13 +145,16 @@ def _kind(hint: Any) -> dict[str, Any]:
 
 
 def _field_documentation(config_class: type) -> dict[str, str]:
-    """Return the string under each annotated field of a class body."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
-    return {
-        statement.target.id: inspect.cleandoc(after.value.value)
-        for statement, after in itertools.pairwise(body)
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-        and isinstance(after.value.value, str)
-    }
+    """Return the string under each annotated field, in the class body and in those of its bases."""
+    documentation: dict[str, str] = {}
+    for base in reversed([c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        documentation |= {
+            statement.target.id: inspect.cleandoc(after.value.value)
+            for statement, after in itertools.pairwise(body)
+            if isinstance(statement, ast.AnnAssign)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        }
+    return documentation

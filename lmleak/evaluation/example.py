@@ -15,18 +15,15 @@ from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import (
     ExpectedInfluence,
     GradientJacobian,
-    InfluenceResult,
     InfluenceSolver,
+    PerturbationResponse,
     expected_influence,
     influence_by_token,
     information_by_layer,
-    null_share,
     sample_spectrum,
 )
 from lmleak.metrics import score_text
 from lmleak.types import TextBatch
-
-RESOLUTION = 1e-6  # damping, relative to lambda_max, below which float32 products cannot tell an eigenvalue from zero
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,12 @@ class Release:
     """Standard deviation of Gaussian noise in multiples of the gradient's root mean square."""
     noise_std: float | None = None
     """The same in the gradient's unit."""
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the perturbation over the released coordinates."""
+        squares = sum(d.double().square().sum().item() for d in self.perturbation.values())
+        return math.sqrt(squares / self.shared.num_coordinates)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class ExampleEvaluator:
         jacobian = GradientJacobian(self.adapter, batch, shared=s.shared)
         solver = self._solver(jacobian, seed)
         releases = self._releases(true, seed)
-        influences = self._influences(solver, releases, seed)
-        averages = self._averages(jacobian, releases, seed)
+        influences = self._influences(solver, releases)
+        averages = self._averages(solver, releases)
         layers = information_by_layer(jacobian, self.adapter.roles(), seed=seed)
         common = {
             "example": index,
@@ -103,21 +106,19 @@ class ExampleEvaluator:
             "labels": None if labels is None else list(labels),
             "tokens": self._display_tokens(batch),
             "gradient_rms": true.rms,
-            "prior_std": solver.prior_std,
+            "prior_std": solver.prior.std,
             "dx": jacobian.dx,
             "layer_share": {name: layer.share for name, layer in layers.items()},
             "layer_share_std_error": {name: layer.std_error for name, layer in layers.items()},
         }
         return [
-            self._row(batch, release, influence, share, average, common, seed)
-            for release, (influence, share), average in zip(releases, influences, averages, strict=True)
+            {"key": f"{index}|{release.name}"} | common | self._row(batch, release, seed) | influence | average
+            for release, influence, average in zip(releases, influences, averages, strict=True)
         ]
 
     def _solver(self, jacobian: GradientJacobian, seed: int) -> InfluenceSolver:
         s = self.settings
-        return InfluenceSolver(
-            jacobian, self.adapter.prior().std, tol=s.tolerance, max_products=s.max_products, seed=seed
-        )
+        return InfluenceSolver(jacobian, self.adapter.prior(), tol=s.tolerance, max_products=s.max_products, seed=seed)
 
     def _releases(self, true: SharedGradient, seed: int) -> list[Release]:
         releases = []
@@ -131,76 +132,40 @@ class ExampleEvaluator:
             releases.append(Release(name, released.shared, released.perturbation, True, level, std))
         return releases
 
-    def _influences(
-        self, solver: InfluenceSolver, releases: list[Release], seed: int
-    ) -> list[tuple[InfluenceResult, float]]:
-        """Return I2F and the undetermined share of x per release; the noise sweep costs one solve."""
+    def _influences(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
+        """Return the risk numbers of each release; the noise sweep costs one solve."""
         damping = self.settings.damping
-        stds = [r.noise_std for r in releases if r.sweep]
-        swept = iter(solver.sweep(stds, None if damping is None else [damping]) if stds else [])
-        results = []
+        noise = solver.respond(solver.noise(), _listed(damping)) if any(r.sweep for r in releases) else None
+        numbers = []
         for release in releases:
+            if release.sweep:
+                numbers.append(_risk(noise, release.noise_std, damping, scale=release.noise_std))
+                continue
             own = solver
             if release.shared.gradient.keys() != solver.jacobian.parameter_shapes.keys():  # some were withheld
-                own = self._solver(solver.jacobian.restrict(release.shared.gradient), seed)
-            result = next(swept)[0] if release.sweep else own.solve(release.perturbation, damping=damping)
-            results.append((own, result))
-        # One Krylov run from x serves all releases of the same operator.
-        shares: dict[int, dict[float, float]] = {}
-        for own, _ in results:
-            if id(own) not in shares:
-                dampings = sorted({self._resolved_damping(r) for o, r in results if o is own})
-                shares[id(own)] = dict(zip(dampings, null_share(own.jacobian, dampings), strict=True))
-        return [(r, shares[id(own)][self._resolved_damping(r)]) for own, r in results]
+                own = self._solver(solver.jacobian.restrict(release.shared.gradient), solver.seed)
+            numbers.append(_risk(own.respond(release.perturbation, _listed(damping)), release.rms, damping))
+        return numbers
 
-    @staticmethod
-    def _resolved_damping(result: InfluenceResult) -> float:
-        return max(result.damping, RESOLUTION * result.lambda_max)
-
-    def _averages(
-        self, jacobian: GradientJacobian, releases: list[Release], seed: int
-    ) -> list[ExpectedInfluence | None]:
-        """Return the averages over the noise for the releases that are the true gradient plus Gaussian noise."""
+    def _averages(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
+        """Return the averages over the noise, for the releases that are the true gradient plus Gaussian noise."""
         s = self.settings
-        stds = [r.noise_std for r in releases if r.noise_std]
+        stds = [r.noise_std for r in releases if r.sweep]
         if not stds or s.probes == 0:
-            return [None for _ in releases]
-        spectrum = sample_spectrum(jacobian, num_probes=s.probes, steps=s.probe_steps, seed=seed)
-        averages = iter(expected_influence(spectrum, stds, self.adapter.prior().std))
-        return [next(averages) if r.noise_std else None for r in releases]
+            return [_average(None) for _ in releases]
+        damping = solver.default_damping if s.damping is None else s.damping
+        spectrum = sample_spectrum(solver.jacobian, num_probes=s.probes, steps=s.probe_steps, seed=solver.seed)
+        averages = iter(expected_influence(spectrum, stds, solver.prior.std, damping=damping))
+        return [_average(next(averages) if r.sweep else None) for r in releases]
 
-    def _row(self, batch, release, influence, share, average, common, seed) -> dict:
-        squares = sum(d.double().square().sum().item() for d in release.perturbation.values())
-        mask = batch.layout["attention_mask"]
+    def _row(self, batch: TextBatch, release: Release, seed: int) -> dict:
         attacks = {name: self._attack(attack, release.shared, batch, seed) for name, attack in self.settings.attacks}
-        return common | {
-            "key": f"{common['example']}|{release.name}",
+        return {
             "defense": release.name,
             "sweep": release.sweep,
             "noise_rms": release.noise_rms,
             "noise_std": release.noise_std,
-            "perturbation_rms": math.sqrt(squares / release.shared.num_coordinates),
-            "lower_bound_l2": influence.lower_bound.l2,
-            "lower_bound_rms": influence.lower_bound.rms,
-            "cg_bound_l2": influence.cg_bound.l2,
-            "cg_bound_rms": influence.cg_bound.rms,
-            "influence_l2": influence.influence.l2,
-            "influence_rms": influence.influence.rms,
-            "influence_converged": influence.converged,
-            "influence_residual": influence.residual,
-            "damping": influence.damping,
-            "lambda_max": influence.lambda_max,
-            "lambda_max_residual": influence.lambda_max_residual,
-            "products": influence.products,
-            "expected_rms": average and average.response.rms,
-            "expected_std_error": average and average.response_std_error,
-            "bayes_rms": average and average.bayes.rms,
-            "bayes_std_error": average and average.bayes_std_error,
-            "expected_converged": average and average.converged,
-            "effective_rank": average and average.effective_rank,
-            "information_nats": average and average.information,
-            "null_share": share,
-            "token_influence": [list(row) for row in influence_by_token(influence, mask)],
+            "perturbation_rms": release.rms,
             "attacks": attacks,
             "seconds": sum(a.get("seconds", 0.0) for a in attacks.values()),
         }
@@ -228,3 +193,50 @@ class ExampleEvaluator:
     def _display_tokens(self, batch: TextBatch) -> list[list[str]]:
         ids, mask = batch.inputs["input_ids"], batch.layout["attention_mask"].bool()
         return [self.adapter.token_strings(row[m].tolist()) for row, m in zip(ids, mask, strict=True)]
+
+
+def _listed(damping: float | None) -> list[float] | None:
+    return None if damping is None else [damping]
+
+
+def _risk(response: PerturbationResponse, noise_std: float, damping: float | None, *, scale: float = 1.0) -> dict:
+    """Return the risk numbers of one release as a row holds them."""
+    solver = response.solver
+    result = response.influence(solver.default_damping if damping is None else damping, scale=scale)
+    predicted = response.predicted_error(noise_std, scale=scale) if noise_std > 0 else None
+    # A clean gradient has no noise to set the scale; what float32 resolves does.
+    share_damping = solver.map_damping(noise_std) if noise_std > 0 else solver.default_damping
+    mask = solver.jacobian.free[..., 0]
+    return {
+        "lower_bound_l2": result.lower_bound.l2,
+        "lower_bound_rms": result.lower_bound.rms,
+        "cg_bound_l2": result.cg_bound.l2,
+        "cg_bound_rms": result.cg_bound.rms,
+        "influence_l2": result.influence.l2,
+        "influence_rms": result.influence.rms,
+        "influence_converged": result.converged,
+        "influence_residual": result.residual,
+        "damping": result.damping,
+        "lambda_max": result.lambda_max,
+        "lambda_max_residual": result.lambda_max_residual,
+        "products": result.products,
+        "predicted_rms": predicted.error.rms if predicted else 0.0,
+        "predicted_converged": predicted.converged if predicted else True,
+        "map_damping": share_damping,
+        "null_share": solver.undetermined_share(share_damping),
+        "token_influence": [list(row) for row in influence_by_token(result, mask)],
+    }
+
+
+def _average(average: ExpectedInfluence | None) -> dict:
+    """Return the averages over the noise as a row holds them; None where there are none."""
+    return {
+        "expected_rms": average and average.response.rms,
+        "expected_std_error": average and average.response_std_error,
+        "expected_converged": average and average.response_converged,
+        "bayes_rms": average and average.bayes.rms,
+        "bayes_std_error": average and average.bayes_std_error,
+        "bayes_converged": average and average.bayes_converged,
+        "effective_rank": average and average.effective_rank,
+        "information_nats": average and average.information,
+    }

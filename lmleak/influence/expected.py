@@ -1,7 +1,7 @@
 """What noise does on average, without drawing it: traces of functions of A = J J^T.
 
 For noise N(0, sigma^2 I) on the gradient and damping d, with eigenvalues lambda of A (dx of them):
-  response   E ||(A + d I)^-1 J delta||^2 = sigma^2 sum lambda / (lambda + d)^2
+  response   E ||(A + d I)^-1 J delta||^2 = sigma^2 sum lambda / (lambda + d)^2: the mean of I2F^2
   bayes      E ||x - E[x | released]||^2  = sigma^2 sum 1 / (lambda + d),  d = sigma^2 / tau^2
 The second is the mean squared error of the best possible attacker for Gaussian x and linearised gradients: sigma^2
 tr(A^-1) (the Cramer-Rao bound, A / sigma^2 being the Fisher information) for small noise, and tau^2 dx, the prior
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lmleak.influence.i2f import magnitude
 from lmleak.influence.jacobian import InputJacobian
-from lmleak.linops import SpectralSample, TraceEstimate, exact_spectrum, lanczos, spectral_probes
+from lmleak.influence.solver import magnitude
+from lmleak.linops import SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
 from lmleak.types import Magnitude
 
 
@@ -26,8 +26,9 @@ class ExpectedInfluence:
 
     noise_std: float
     damping: float
+    """Of ``response``; the other fields are at the MAP damping sigma^2 / tau^2."""
     response: Magnitude
-    """Root mean square over the noise of I2F at this damping."""
+    """Root mean square over the noise of I2F."""
     response_std_error: float
     bayes: Magnitude
     """Root mean square error of the best attacker who knows the prior: its ``rms`` never exceeds the prior's tau."""
@@ -36,8 +37,10 @@ class ExpectedInfluence:
     """sum lambda / (lambda + d): how many coordinates of x the released gradient determines, out of dx."""
     information: float
     """1/2 sum log(1 + lambda / d), in nats: mutual information of x and the released gradient, likewise linearised."""
-    converged: bool
-    """Whether the quadrature behind every trace met its tolerance."""
+    response_converged: bool
+    """Whether the quadrature behind ``response`` met its tolerance."""
+    bayes_converged: bool
+    """Likewise for ``bayes``, ``effective_rank`` and ``information``."""
     products: int
     """Products with A behind the spectrum; shared by all levels."""
 
@@ -65,7 +68,7 @@ def sample_spectrum(
 
 
 def expected_influence(
-    spectrum: SpectralSample, noise_stds: Sequence[float], prior_std: float, *, tol: float = 0.05
+    spectrum: SpectralSample, noise_stds: Sequence[float], prior_std: float, *, damping: float, tol: float = 0.05
 ) -> list[ExpectedInfluence]:
     """Return the averages for every noise level, from one sample of the spectrum.
 
@@ -73,20 +76,23 @@ def expected_influence(
         spectrum: As :func:`sample_spectrum` gives.
         noise_stds: Standard deviations of the noise, positive, in the gradient's unit.
         prior_std: tau, in units of x.
+        damping: Damping of the I2F whose mean is wanted; the MAP quantities have their own.
         tol: Relative error of the quadrature up to which a level counts as converged.
 
     Returns:
-        One result per level, at the MAP damping sigma^2 / tau^2.
+        One result per level.
     """
-    return [_at_level(spectrum, std, (std / prior_std) ** 2, tol) for std in noise_stds]
-
-
-def _at_level(spectrum: SpectralSample, std: float, damping: float, tol: float) -> ExpectedInfluence:
-    dx = spectrum.size
     response = spectrum.trace(lambda x: x / (x + damping) ** 2, tol=tol)
-    inverse = spectrum.trace(lambda x: 1 / (x + damping), tol=tol)
-    rank = spectrum.trace(lambda x: x / (x + damping), tol=tol)
-    information = spectrum.trace(lambda x: 0.5 * torch.log1p(x / damping), tol=tol)
+    return [_at_level(spectrum, response, damping, std, (std / prior_std) ** 2, tol) for std in noise_stds]
+
+
+def _at_level(
+    spectrum: SpectralSample, response: TraceEstimate, damping: float, std: float, map_damping: float, tol: float
+) -> ExpectedInfluence:
+    dx = spectrum.size
+    inverse = spectrum.trace(lambda x: 1 / (x + map_damping), tol=tol)
+    rank = spectrum.trace(lambda x: x / (x + map_damping), tol=tol)
+    information = spectrum.trace(lambda x: 0.5 * torch.log1p(x / map_damping), tol=tol)
     response_rms, response_error = _root(response, std, dx)
     bayes_rms, bayes_error = _root(inverse, std, dx)
     return ExpectedInfluence(
@@ -98,7 +104,8 @@ def _at_level(spectrum: SpectralSample, std: float, damping: float, tol: float) 
         bayes_std_error=bayes_error,
         effective_rank=rank.value,
         information=information.value,
-        converged=all(t.converged for t in (response, inverse, rank)),
+        response_converged=response.converged,
+        bayes_converged=inverse.converged and rank.converged and information.converged,
         products=spectrum.products,
     )
 
@@ -107,28 +114,3 @@ def _root(trace: TraceEstimate, std: float, dx: int) -> tuple[float, float]:
     """Return std * sqrt(trace / dx) and its standard error, to first order."""
     rms = std * math.sqrt(max(trace.value, 0.0) / dx)
     return rms, std * trace.std_error / (2 * math.sqrt(max(trace.value, 1e-300) * dx))
-
-
-def null_share(jacobian: InputJacobian, dampings: Sequence[float], *, max_products: int = 100) -> list[float]:
-    """Return the share of ||x||^2 that the gradient does not determine at each damping d.
-
-    ||d (A + d I)^-1 x||^2 / ||x||^2: the part of x in the null space of J for d -> 0 (an embedding LayerNorm removes a
-    direction per token, a causal model's last position never enters the loss), and all of x for d -> infinity. This
-    part of x is what I2F, defined on range(A), leaves out. Gauss quadrature of the Krylov run started at x.
-
-    Args:
-        jacobian: J.
-        dampings: Dampings d > 0.
-        max_products: Products with A, shared by all dampings.
-
-    Returns:
-        One number in [0, 1] per damping.
-    """
-    x = jacobian.flatten(jacobian.x)
-    if not x.any():
-        return [0.0 for _ in dampings]
-    krylov = lanczos(jacobian.gram_operator(), x, max_products=max_products)
-    values, vectors = krylov.ritz_pairs()
-    weights = vectors[0] ** 2
-    nodes = values.clip(min=0)
-    return [float((weights * (d / (nodes + d)) ** 2).sum()) for d in dampings]

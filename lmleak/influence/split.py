@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lmleak.errors import ConfigError
-from lmleak.influence.i2f import MAX_PRODUCTS, SOLVER_TOLERANCE, InfluenceResult
 from lmleak.influence.jacobian import InputJacobian
+from lmleak.influence.solver import MAX_PRODUCTS, SOLVER_TOLERANCE, InfluenceResult
 from lmleak.linops import multishift_cg
 
 

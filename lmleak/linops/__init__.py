@@ -8,7 +8,7 @@ from lmleak.linops.eigenvalue import EigenvalueResult, top_eigenvalue
 from lmleak.linops.lanczos import Krylov, lanczos, random_start
 from lmleak.linops.multishift import krylov_solve, multishift_cg, multishift_krylov
 from lmleak.linops.solve import SolveResult, StopReason, conjugate_gradient
-from lmleak.linops.trace import SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
+from lmleak.linops.trace import Quadrature, SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
 
 __all__ = [
     "EigenvalueResult",
@@ -17,6 +17,7 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "ProductOperator",
+    "Quadrature",
     "ShiftedOperator",
     "SolveResult",
     "SpectralSample",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
+from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, solveh_banded
 from torch import Tensor
 
 from lmleak.errors import ConfigError, ConvergenceError, DataError
@@ -217,6 +217,13 @@ def lanczos(
     if max_products < 1:
         raise ConfigError(f"max_products must be at least 1, got {max_products}.")
     return Krylov(operator, start).extend(max_products, stop)
+
+
+def solve_tridiagonal(alpha: np.ndarray, beta: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return T^-1 r for a positive definite T with diagonal ``alpha`` (k,) and off-diagonal ``beta`` (k - 1,)."""
+    if len(alpha) == 1:  # scipy refuses the empty off-diagonal
+        return right / alpha
+    return solveh_banded(np.vstack([alpha, np.append(beta, 0.0)]), right, lower=True)
 
 
 def refuse_negative_curvature(value: float, operator: LinearOperator, scale: float) -> None:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import eigvalsh_tridiagonal, solveh_banded
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from lmleak.linops.base import LinearOperator
-from lmleak.linops.lanczos import Krylov, lanczos, refuse_negative_curvature
+from lmleak.linops.lanczos import Krylov, lanczos, refuse_negative_curvature, solve_tridiagonal
 from lmleak.linops.solve import RESOLUTION, SolveResult, StopReason, checked_settings
 
 
@@ -101,8 +101,8 @@ def krylov_solve(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6
     coefficients = np.zeros((max(steps), len(shifts)))
     for column, (shift, k) in enumerate(zip(shifts, steps, strict=True)):
         if k:
-            banded = np.vstack([alpha[:k] + shift, np.append(betas[: k - 1], 0.0)])  # lower form: diagonal, below it
-            coefficients[:k, column] = solveh_banded(banded, np.eye(k)[0] * krylov.start_norm, lower=True)
+            unit = np.eye(1, k)[0]
+            coefficients[:k, column] = krylov.start_norm * solve_tridiagonal(alpha[:k] + shift, betas[: k - 1], unit)
     solutions = krylov.combine(coefficients).T  # (S, n)
     return [
         _read(krylov, alpha[:k], betas[:k], shift, solution.clone(), tol)

@@ -49,7 +49,7 @@ class SolveResult:
     converged: bool
     """residual <= tol."""
     lower_bounds: tuple[float, ...]
-    """||x_1|| <= ... <= ||x_k||: each at most ||(A + damping I)^-1 b||, up to the rounding of the dtype."""
+    """||x_1|| <= ... <= ||x_k||: each at most ||(A + damping I)^-1 b||, up to rounding; see the solver."""
     damping: float
     """The one that was used."""
     stopped: StopReason
@@ -76,8 +76,10 @@ def conjugate_gradient(
     """Solve (A + damping I) x = b by the classic recurrence, in the memory of four vectors.
 
     For n too large to store a Krylov basis. Without reorthogonalisation rounding delays convergence (it takes more
-    products than ``multishift_cg`` where A is ill-conditioned) and may dent the growth of ||x_k|| by a rounding;
-    ``lower_bounds`` holds the running maximum, a lower bound because the largest of several lower bounds is one.
+    products than ``multishift_cg`` where A is ill-conditioned) and may dent the growth of ||x_k||; ``lower_bounds``
+    holds the running maximum, a lower bound because the largest of several lower bounds is one. Near
+    convergence they hold up to the error that is left in x (in float64 an excess of 4e-9 was seen at residual 7e-9),
+    not to the last digit as those of ``multishift_cg`` do: take that one where the bound must be certified.
 
     The residual is recomputed from x at the end, by one product more than ``max_products`` allows for. ConfigError
     where the operator is not tagged or an argument is out of range.

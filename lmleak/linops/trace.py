@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal, solveh_banded
+from scipy.linalg import eigh_tridiagonal
 from scipy.special import stdtrit
 from torch import Tensor
 
 from lmleak.errors import ConfigError, ConvergenceError
 from lmleak.linops.base import DENSE_LIMIT, LinearOperator, require_positive_semidefinite
-from lmleak.linops.lanczos import Krylov, lanczos, random_start, refuse_negative_curvature
+from lmleak.linops.lanczos import Krylov, lanczos, random_start, refuse_negative_curvature, solve_tridiagonal
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,8 @@ def _quadrature(krylov: Krylov) -> Quadrature:
 def _radau(alpha: np.ndarray, beta: np.ndarray, beta_last: float, edge: float) -> tuple[np.ndarray, np.ndarray]:
     # T_{k+1} with its last diagonal entry chosen to make ``edge`` an eigenvalue (Golub and Meurant 2010, chapter 6):
     # (T_k - edge I) d = beta_k^2 e_k, last entry = edge + d_k.
-    last = np.zeros(len(alpha))
-    last[-1] = beta_last**2
-    corner = edge + solveh_banded(np.vstack([alpha - edge, np.append(beta, 0.0)]), last, lower=True)[-1]
+    last = np.eye(1, len(alpha), len(alpha) - 1)[0]
+    corner = edge + beta_last**2 * solve_tridiagonal(alpha - edge, beta, last)[-1]
     values, vectors = eigh_tridiagonal(np.append(alpha, corner), np.append(beta, beta_last))
     return values.clip(min=0), vectors[0] ** 2
 

@@ -1,0 +1,112 @@
+"""The command line: lmleak audit | report.
+
+Exit status: 0 done; 2 refused (wrong input or setting, nothing written); 3 the audit's ``fail_above`` gate failed.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lmleak.errors import ConfigError, DataError, LmleakError
+from lmleak.lookup import suggest
+
+REFUSED, GATE_FAILED = 2, 3
+
+USAGE = """usage: lmleak COMMAND [options]
+
+commands:
+  audit    measure what a model's gradients leak of given texts, and write a report
+  report   write the report again from the folder of an earlier audit
+
+'lmleak COMMAND --help' lists the options. Exit status: 0 done, 2 refused, 3 more leaked than --fail-above allows.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        return _command(argv[0])(argv[1:])
+    except LmleakError as error:
+        Console(stderr=True, soft_wrap=True).print("[bold red]refused:[/] ", end="")
+        print(error, file=sys.stderr)  # plainly: messages may hold square brackets
+        return REFUSED
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    commands = {"audit": audit, "report": report}
+    if name not in commands:
+        raise ConfigError(f"unknown command {name!r}. {suggest(name, commands)}")
+    return commands[name]
+
+
+def audit(argv: Sequence[str]) -> int:
+    """Run an audit, write its report, print a table."""
+    _quiet_libraries()  # before the libraries are imported, which is when they read their settings
+    # Imported here, so that --help and a mistyped command answer at once.
+    from lmleak.config import parse_config
+    from lmleak.evaluation import AuditConfig, process_state, run_audit
+    from lmleak.report.page import write_report
+    from lmleak.report.tables import console_table
+
+    config = parse_config(AuditConfig, argv, prog="lmleak audit")
+    result = run_audit(config, command=" ".join(["lmleak audit", *argv]))
+    if process_state().is_main_process:
+        page = write_report(result.rows, result.meta, result.folder)
+        Console().print(console_table(result.rows, result.meta))
+        print(f"report: {page}")
+    if config.fail_above is None:
+        return 0
+    return _gate(result.worst_recall, config.fail_above)
+
+
+def _gate(worst_recall: float | None, threshold: float) -> int:
+    if worst_recall is None:
+        raise ConfigError("fail_above cannot judge: no attack could run under the defenses asked for")
+    failed = worst_recall > threshold
+    verdict = "FAILED" if failed else "passed"
+    print(f"gate {verdict}: the strongest attack recovered {worst_recall:.1%} of tokens, allowed are {threshold:.1%}")
+    return GATE_FAILED if failed else 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Write the report again from results.jsonl and summary.json of a folder."""
+    from lmleak.report.page import write_report
+    from lmleak.report.tables import console_table
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ConfigError("usage: lmleak report FOLDER (the output folder of an audit)")
+    folder = Path(argv[0])
+    results, summary = folder / "results.jsonl", folder / "summary.json"
+    for file in (results, summary):
+        if not file.is_file():
+            raise DataError(f"{file} does not exist; {folder} is no folder of a finished audit")
+    try:
+        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        meta = json.loads(summary.read_text(encoding="utf-8"))["meta"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{folder} holds damaged results: {error}") from error
+    page = write_report(rows, meta, folder)
+    Console().print(console_table(rows, meta))
+    print(f"report: {page}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of the audit's own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The solver behind the inversion influence function: one Krylov run per perturbation serves everything.
+
+With b = J delta and A = J J^T, the run on A from b gives (A + d I)^-1 b for any damping d and scale of delta, and the
+conjugate-gradient bounds; a run from x - mu gives what the prior adds; one from a random start brackets lambda_max.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lmleak.adapters.base import Prior
+from lmleak.defenses.noise import unit_noise
+from lmleak.influence.jacobian import InputJacobian
+from lmleak.linops import EigenvalueResult, Krylov, krylov_solve, multishift_krylov, top_eigenvalue
+from lmleak.types import Magnitude
+
+SOLVER_TOLERANCE = 1e-3  # relative residual; the attack errors it is compared with vary far more
+DEVIATION_TOLERANCE = 1e-2  # relative to x - mu itself
+PREDICTION_TOLERANCE = 0.1  # what the shrinkage may leave open, relative to the predicted error
+MAX_PRODUCTS = 300
+RELATIVE_DAMPING = 1e-5
+"""Default damping over lambda_max: the smallest that float32 products resolve.
+
+It does not depend on the noise. The MAP attacker's sigma^2 / tau^2 would shrink the response to large noise to
+nothing, and a small I2F reads as "protects little". That attacker's error is ``PerturbationResponse.predicted_error``,
+which counts what the shrinking loses as well.
+"""
+
+
+@dataclass(frozen=True)
+class InfluenceResult:
+    """I2F of one perturbation at one damping. Lengths are in units of x, as ``l2`` and as ``rms = l2 / sqrt(dx)``."""
+
+    influence: Magnitude
+    """||(A + damping I)^-1 J delta||. If not ``converged``: the last CG iterate's norm, which is at most that."""
+    lower_bound: Magnitude
+    """I_lb = ||J delta|| / lambda_max(A) (eq. 5), a lower bound of the undamped I2F. Divided by the upper end of the
+    eigenvalue's bracket, so that it is a bound except with ``failure_probability``."""
+    cg_bounds: tuple[float, ...]
+    """l2 norms of the CG iterates of the undamped system: growing, each a lower bound of the undamped I2F that needs
+    no eigenvalue; the first is already at least I_lb (Hestenes and Stiefel 1952)."""
+    lambda_max: float
+    """Largest eigenvalue of A as used in ``lower_bound``: the upper end of its bracket, in gradient^2 / x^2."""
+    lambda_max_residual: float
+    """Relative width of the bracket."""
+    failure_probability: float
+    """Probability, over the solver's random start, that lambda_max lies above the bracket."""
+    damping: float
+    """In units of A."""
+    residual: float
+    """||b - (A + damping I) z|| / ||b|| of the solution z."""
+    converged: bool
+    """Whether the residual met the tolerance."""
+    products: int
+    """Products with A that the whole call spent; shared by all results of a sweep."""
+    dx: int
+    """Number of free coordinates of x."""
+    error: Tensor = field(repr=False)
+    """The predicted error of the attacker, (A + damping I)^-1 J delta, shaped like x, zero on padding."""
+
+    @property
+    def cg_bound(self) -> Magnitude:
+        """The best certified lower bound of the undamped I2F."""
+        return magnitude(self.cg_bounds[-1] if self.cg_bounds else 0.0, self.dx)
+
+
+@dataclass(frozen=True)
+class PredictedError:
+    """Error of the attacker who knows noise level and prior (MAP), for one batch and one perturbation."""
+
+    error: Magnitude
+    damping: float
+    """sigma^2 / tau^2."""
+    converged: bool
+
+
+def magnitude(l2: float, dx: int) -> Magnitude:
+    """Return both units of a length."""
+    return Magnitude(l2, l2 / math.sqrt(dx))
+
+
+class InfluenceSolver:
+    """Risk numbers of many perturbations of one batch; what they have in common is computed once.
+
+    Args:
+        jacobian: J, or J_c for the cosine attacker.
+        prior: What the attacker may assume of x.
+        tol: Relative residual of solves.
+        max_products: Most products with A per Krylov run.
+        seed: Seed of noise and of random starts.
+    """
+
+    def __init__(
+        self,
+        jacobian: InputJacobian,
+        prior: Prior,
+        *,
+        tol: float = SOLVER_TOLERANCE,
+        max_products: int = MAX_PRODUCTS,
+        seed: int = 0,
+    ):
+        self.jacobian, self.prior = jacobian, prior
+        self.tol, self.max_products, self.seed = tol, max_products, seed
+        self.operator = jacobian.gram_operator()
+
+    @cached_property
+    def lambda_max(self) -> EigenvalueResult:
+        """The largest eigenvalue of A."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return top_eigenvalue(self.operator, generator=generator, tol=2 * self.tol, max_products=self.max_products)
+
+    @property
+    def default_damping(self) -> float:
+        """``RELATIVE_DAMPING`` times the largest eigenvalue of A."""
+        return RELATIVE_DAMPING * self.lambda_max.value
+
+    def map_damping(self, noise_std: float) -> float:
+        """Return sigma^2 / tau^2, the damping of the attacker who knows noise and prior."""
+        return (noise_std * self.jacobian.perturbation_scale / self.prior.std) ** 2
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """The deviation x - mu on the free coordinates, (dx,): what the prior does not know."""
+        return self.jacobian.flatten(self.jacobian.x - self.prior.mean.to(self.jacobian.x))
+
+    @cached_property
+    def deviation_run(self) -> Krylov:
+        """The Krylov run from x - mu; only d (A + d I)^-1 (x - mu), never larger than x - mu, is read from it."""
+        return multishift_krylov(
+            self.operator,
+            self.deviation,
+            [self.default_damping],
+            tol=DEVIATION_TOLERANCE,
+            max_products=self.max_products,
+        )
+
+    def undetermined_share(self, damping: float) -> float:
+        """Return the share of ||x - mu||^2 that the gradient does not determine at a damping d.
+
+        ||d (A + d I)^-1 (x - mu)||^2 / ||x - mu||^2: the part in the null space of J for d -> 0 (an embedding
+        LayerNorm removes a direction per token, a causal model's last position never enters the loss), everything for
+        d -> infinity. I2F, defined on range(A), leaves this part out.
+        """
+        values, vectors = self.deviation_run.ritz_pairs()
+        return float((vectors[0] ** 2 * (damping / (values.clip(min=0) + damping)) ** 2).sum())
+
+    def respond(
+        self, perturbation: Mapping[str, Tensor], dampings: Sequence[float] | None = None
+    ) -> "PerturbationResponse":
+        """Return everything about one perturbation, from one Krylov run.
+
+        Args:
+            perturbation: delta per parameter name; missing names count as zero.
+            dampings: Dampings at which the run must converge; by default ``default_damping``.
+
+        Returns:
+            The response.
+        """
+        return PerturbationResponse(self, perturbation, dampings or [self.default_damping])
+
+    def noise(self) -> dict[str, Tensor]:
+        """Return unit Gaussian noise, as ``GaussianNoise(seed=seed)`` draws it."""
+        shapes = self.jacobian.parameter_shapes.items()
+        return {name: unit_noise(name, shape, self.jacobian.dtype, self.seed) for name, shape in shapes}
+
+    def solve(self, perturbation: Mapping[str, Tensor], *, damping: float | None = None) -> InfluenceResult:
+        """Return the I2F of one perturbation at one damping, by default ``default_damping``."""
+        damping = self.default_damping if damping is None else damping
+        return self.respond(perturbation, [damping]).influence(damping)
+
+    def sweep(
+        self, noise_stds: Sequence[float], dampings: Sequence[float] | None = None
+    ) -> list[list[InfluenceResult]]:
+        """Return the I2F of Gaussian noise at every level and damping, for the cost of one solve.
+
+        I2F is linear in delta, so the noise is drawn once and scaled, and all dampings share one Krylov run.
+
+        Args:
+            noise_stds: Standard deviations, in the gradient's unit.
+            dampings: Dampings; by default ``default_damping`` alone.
+
+        Returns:
+            One list per noise level, one result per damping.
+        """
+        dampings = [self.default_damping] if dampings is None else list(dampings)
+        response = self.respond(self.noise(), dampings)
+        return [[response.influence(d, scale=std) for d in dampings] for std in noise_stds]
+
+
+class PerturbationResponse:
+    """What one perturbation, or any multiple of it, does to attackers.
+
+    Args:
+        solver: The batch's solver.
+        perturbation: delta per parameter name.
+        dampings: Dampings at which the Krylov run from J delta must converge; others are read from it for nothing.
+    """
+
+    def __init__(self, solver: InfluenceSolver, perturbation: Mapping[str, Tensor], dampings: Sequence[float]):
+        self.solver = solver
+        before = solver.operator.products
+        self.bracket = solver.lambda_max
+        jacobian = solver.jacobian
+        b = jacobian.flatten(jacobian.matvec(perturbation)) * jacobian.perturbation_scale
+        self.norm = b.double().norm().item()
+        self.krylov = multishift_krylov(solver.operator, b, dampings, tol=solver.tol, max_products=solver.max_products)
+        # Damping 0 is read from the run the others needed: certified lower bounds, rarely a converged solution.
+        (undamped,) = krylov_solve(self.krylov, [0.0], tol=solver.tol)
+        self.bounds = undamped.lower_bounds
+        self.products = solver.operator.products - before
+
+    def influence(self, damping: float, *, scale: float = 1.0) -> InfluenceResult:
+        """Return the I2F of ``scale`` times the perturbation.
+
+        Args:
+            damping: d >= 0, in units of A.
+            scale: Multiple of the perturbation; free, because I2F is linear in it.
+
+        Returns:
+            The influence with its bounds.
+        """
+        (solved,) = krylov_solve(self.krylov, [damping], tol=self.solver.tol)
+        dx, bracket = self.solver.jacobian.dx, self.bracket
+        return InfluenceResult(
+            influence=magnitude(scale * solved.norm, dx),
+            lower_bound=magnitude(scale * self.norm / bracket.upper if self.norm else 0.0, dx),
+            cg_bounds=tuple(scale * bound for bound in self.bounds),
+            lambda_max=bracket.upper,
+            lambda_max_residual=bracket.upper / bracket.value - 1 if bracket.value > 0 else math.inf,
+            failure_probability=bracket.failure_probability,
+            damping=damping,
+            residual=solved.residual,
+            converged=solved.converged,
+            products=self.products,
+            dx=dx,
+            error=self.solver.jacobian.unflatten(scale * solved.solution),
+        )
+
+    def predicted_error(self, noise_std: float, *, scale: float = 1.0) -> PredictedError:
+        """Return the error of the attacker who knows the noise level and the prior (MAP), to first order.
+
+        xhat - x = (A + d I)^-1 (J delta - d (x - mu)), d = sigma^2 / tau^2: the noise's response minus what shrinking
+        towards the prior's mean loses. Unlike I2F it saturates, at x - mu, when noise drowns the gradient.
+
+        Args:
+            noise_std: sigma, what the attacker believes the perturbation's standard deviation to be; positive.
+            scale: Multiple of the perturbation.
+
+        Returns:
+            The error and its converged flag.
+        """
+        damping = self.solver.map_damping(noise_std)
+        (response,) = krylov_solve(self.krylov, [damping], tol=self.solver.tol)
+        (shrinkage,) = krylov_solve(self.solver.deviation_run, [damping], tol=DEVIATION_TOLERANCE)
+        error = scale * response.solution - damping * shrinkage.solution
+        size = error.double().norm().item()
+        # d (A + d I)^-1 maps the shrinkage's residual to an error of at most its own size.
+        open_part = shrinkage.residual * self.solver.deviation.double().norm().item()
+        return PredictedError(
+            error=magnitude(size, self.solver.jacobian.dx),
+            damping=damping,
+            converged=response.converged and open_part <= PREDICTION_TOLERANCE * size,
+        )
