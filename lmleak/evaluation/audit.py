@@ -151,8 +151,8 @@ def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult
     adapter = load_text_adapter(config, state)
     items, origin = make_items(config, adapter)
     evaluator = ExampleEvaluator(adapter, example_settings(config))
-    for texts, labels in items:  # refuse bad input now, not in the middle of the run
-        adapter.batch(texts, labels, max_length=config.max_length, padding_side=config.padding_side)
+    for number, (texts, labels) in enumerate(items):  # refuse bad input now, not in the middle of the run
+        evaluator.check(texts, labels, thoroughly=number == 0)
     decisive = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
     folder = ResultFolder(config.output, decisive, resume=config.resume)
     rows = run_items(items, lambda i, item: evaluator.rows(i, *item), folder, state, label="auditing")

@@ -82,6 +82,13 @@ class ExampleEvaluator:
     def __init__(self, adapter: TextAdapter, settings: ExampleSettings):
         self.adapter, self.settings = adapter, settings
 
+    def check(self, texts: Sequence[str], labels: Sequence[int] | None, *, thoroughly: bool) -> None:
+        """Refuse what cannot be measured, before any work; thoroughly: the gradient and every defense as well."""
+        s = self.settings
+        batch = self.adapter.batch(texts, labels, max_length=s.max_length, padding_side=s.padding_side)
+        if thoroughly:
+            self._releases(capture_gradient(self.adapter, batch, shared=s.shared), s.seed)
+
     def rows(self, index: int, texts: Sequence[str], labels: Sequence[int] | None) -> list[dict]:
         """Return one row per release of the gradient of these texts; depends on the index and settings alone."""
         s = self.settings

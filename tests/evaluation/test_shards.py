@@ -1,0 +1,96 @@
+"""The result folder: nothing finished is lost, nothing is counted twice, nothing of another run is mixed in."""
+
+import json
+
+import pytest
+
+from lmleak.errors import ConfigError, DataError
+from lmleak.evaluation.shards import ResultFolder, write_atomically
+
+
+def folder(path, **config):
+    result = ResultFolder(path, {"seed": 0} | config)
+    result.open()
+    return result
+
+
+def test_rows_come_back_in_item_order_whoever_wrote_them(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(1, 2, [{"v": 2}])
+    run.append(0, 0, [{"v": 0}, {"v": 0.5}])
+    run.append(1, 1, [{"v": 1}])
+    assert [row["v"] for row in run.merge(range(3))] == [0, 0.5, 1, 2]
+    assert [json.loads(x)["v"] for x in (tmp_path / "out/results.jsonl").read_text().splitlines()] == [0, 0.5, 1, 2]
+
+
+def test_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(0, 0, [{"v": 0}])
+    with open(tmp_path / "out/shards/rank-0.jsonl", "a") as file:
+        file.write('{"item": 1, "rows": [{"v"')
+    again = folder(tmp_path / "out")
+    assert list(again.finished()) == [0]
+    again.append(0, 1, [{"v": 1}])
+    assert [row["v"] for row in again.merge(range(2))] == [0, 1]
+
+
+def test_item_written_twice_counts_once(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(0, 0, [{"v": "first"}])
+    run.append(1, 0, [{"v": "second"}])
+    assert [row["v"] for row in run.merge(range(1))] == ["first"]
+
+
+def test_missing_item_leaves_no_results_file(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(0, 0, [{"v": 0}])
+    with pytest.raises(DataError, match="1 item"):
+        run.merge(range(2))
+    assert not (tmp_path / "out/results.jsonl").exists()
+
+
+def test_other_configuration_is_refused_and_named(tmp_path):
+    folder(tmp_path / "out", model="a")
+    with pytest.raises(ConfigError, match="model: 'a' there, 'b' now"):
+        folder(tmp_path / "out", model="b")
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="holds no lmleak results"):
+        folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="is a file"):
+        folder(tmp_path / "thesis.txt")
+
+
+def test_resume_can_be_forbidden(tmp_path):
+    folder(tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds results already"):
+        ResultFolder(tmp_path / "out", {"seed": 0}, resume=False).open()
+
+
+def test_damaged_middle_line_is_named(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(0, 0, [])
+    shard = tmp_path / "out/shards/rank-0.jsonl"
+    shard.write_text("not json\n" + shard.read_text())
+    with pytest.raises(DataError, match="line 1 is damaged"):
+        run.finished()
+
+
+def test_nan_never_reaches_the_disk(tmp_path):
+    run = folder(tmp_path / "out")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append(0, 0, [{"v": float("nan")}])
+    assert run.finished() == {}
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
