@@ -5,6 +5,7 @@ Exit status: 0 done; 2 refused (wrong input or setting, nothing written); 3 the 
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ def audit(argv: Sequence[str]) -> int:
     from lmleak.report.tables import console_table
 
     config = parse_config(AuditConfig, argv, prog="lmleak audit")
-    result = run_audit(config, command=" ".join(["lmleak audit", *argv]))
+    result = run_audit(config, command=shlex.join(["lmleak", "audit", *argv]))
     if process_state().is_main_process:
         page = write_report(result.rows, result.meta, result.folder)
         Console().print(console_table(result.rows, result.meta))

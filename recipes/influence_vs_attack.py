@@ -13,6 +13,7 @@ bootstrap intervals over texts.
 """
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     """Run the study; exit status 2 if the input is refused."""
     try:
         config = parse_config(StudyConfig, argv, prog="influence_vs_attack.py")
-        result = run_audit(config, command=" ".join(["influence_vs_attack.py", *argv]))
+        result = run_audit(config, command=shlex.join(["influence_vs_attack.py", *argv]))
         if process_state().is_main_process:
             page = write_report(result.rows, result.meta, result.folder)
             Console().print(correlation_table(result.rows, result.meta))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -291,7 +292,7 @@ def describe(
         "shared": config.shared,
         "seed": config.seed,
         "parameters": sum(p.numel() for p in adapter.parameters().values()),
-        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
         | {name: version(name) for name in libraries},
         "commit": _commit(),
