@@ -105,4 +105,4 @@ def test_installed_command_answers():
     )
     assert finished.returncode == 0
     assert "--noise-levels" in finished.stdout
-    assert "multiples of the gradient's root mean square" in finished.stdout.replace("\n", " ").replace("  ", " ")
+    assert "multiples of the gradient's root mean square" in " ".join(finished.stdout.split())

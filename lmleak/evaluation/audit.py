@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
+from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
@@ -178,6 +179,7 @@ def load_text_adapter(config: AuditConfig, state: PartialState) -> TextAdapter:
     wants_cuda = config.device.startswith("cuda")
     if wants_cuda and not torch.cuda.is_available():
         raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
+    disable_progress_bar()  # of weight loading; the audit has its own
     device = str(state.device) if config.device == "auto" else config.device
     adapter = load_adapter(config.model, task=config.task, tokenizer=config.tokenizer, device=device, seed=config.seed)
     if not isinstance(adapter, TextAdapter):

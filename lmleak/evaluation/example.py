@@ -141,8 +141,9 @@ class ExampleEvaluator:
 
     def _influences(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
         """Return the risk numbers of each release; the noise sweep costs one solve."""
-        damping = self.settings.damping
-        noise = solver.respond(solver.noise(), _listed(damping)) if any(r.sweep for r in releases) else None
+        # One damping for all releases, also where a smaller operator has a smaller largest eigenvalue.
+        damping = solver.default_damping if self.settings.damping is None else self.settings.damping
+        noise = solver.respond(solver.noise(), [damping]) if any(r.sweep for r in releases) else None
         numbers = []
         for release in releases:
             if release.sweep:
@@ -151,7 +152,7 @@ class ExampleEvaluator:
             own = solver
             if release.shared.gradient.keys() != solver.jacobian.parameter_shapes.keys():  # some were withheld
                 own = self._solver(solver.jacobian.restrict(release.shared.gradient), solver.seed)
-            numbers.append(_risk(own.respond(release.perturbation, _listed(damping)), release.rms, damping))
+            numbers.append(_risk(own.respond(release.perturbation, [damping]), release.rms, damping))
         return numbers
 
     def _averages(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
@@ -202,17 +203,13 @@ class ExampleEvaluator:
         return [self.adapter.token_strings(row[m].tolist()) for row, m in zip(ids, mask, strict=True)]
 
 
-def _listed(damping: float | None) -> list[float] | None:
-    return None if damping is None else [damping]
-
-
-def _risk(response: PerturbationResponse, noise_std: float, damping: float | None, *, scale: float = 1.0) -> dict:
+def _risk(response: PerturbationResponse, noise_std: float, damping: float, *, scale: float = 1.0) -> dict:
     """Return the risk numbers of one release as a row holds them."""
     solver = response.solver
-    result = response.influence(solver.default_damping if damping is None else damping, scale=scale)
+    result = response.influence(damping, scale=scale)
     predicted = response.predicted_error(noise_std, scale=scale) if noise_std > 0 else None
     # A clean gradient has no noise to set the scale; what float32 resolves does.
-    share_damping = solver.map_damping(noise_std) if noise_std > 0 else solver.default_damping
+    share_damping = solver.map_damping(noise_std) if noise_std > 0 else damping
     mask = solver.jacobian.free[..., 0]
     return {
         "lower_bound_l2": result.lower_bound.l2,
