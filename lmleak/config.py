@@ -1,7 +1,7 @@
 """Configuration: flat dataclasses, one YAML file per run, command-line arguments that win over it.
 
-A YAML file is turned into arguments and parsed together with the real ones, so that types, choices and unknown keys
-are checked in one way and the last word is the command line's. Field documentation is the string under the field.
+Every value of a YAML file is turned into an argument and parsed like the real ones, so that types and choices are
+checked in one way; the last word is the command line's. Field documentation is the string under the field.
 """
 
 import argparse
@@ -47,12 +47,17 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, prog: str = "lml
     """
     parser = _parser(config_class, prog)
     path, rest = _split_config(list(argv))
-    parsed, unknown = parser.parse_known_args((_yaml_arguments(config_class, path) if path else []) + rest)
+    settings = _yaml_settings(config_class, parser, path) if path else {}
+    given, unknown = parser.parse_known_args(rest)
+    fields = dataclasses.fields(config_class)
     if unknown:
-        names = [f.name for f in dataclasses.fields(config_class)]
         key = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        raise ConfigError(f"unknown argument {unknown[0]!r}. {suggest(key, [*names, 'config'])}")
-    return config_class(**vars(parsed))
+        raise ConfigError(f"unknown argument {unknown[0]!r}. {suggest(key, [*(f.name for f in fields), 'config'])}")
+    settings |= vars(given)
+    missing = [f"--{f.name}" for f in fields if _default(f) is dataclasses.MISSING and f.name not in settings]
+    if missing:
+        raise ConfigError(f"required: {', '.join(missing)} (see {prog} --help)")
+    return config_class(**settings)
 
 
 def to_yaml(config: Any) -> str:
@@ -76,36 +81,57 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _yaml_arguments(config_class: type, path: str) -> list[str]:
+def _yaml_settings(config_class: type, parser: _Parser, path: str) -> dict[str, Any]:
+    """Return the settings of a YAML file, each value checked by the parser as if it were an argument."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, got a {type(settings).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    arguments: list[str] = []
+    hints = typing.get_type_hints(config_class)
+    names = [f.name for f in dataclasses.fields(config_class)]
+    read: dict[str, Any] = {}
     for key, value in settings.items():
-        if key not in fields:
-            raise ConfigError(f"{path}: unknown key {key!r}. {suggest(str(key), list(fields))}")
-        if value is None:  # the field's default
-            continue
-        if isinstance(value, dict):
-            raise ConfigError(f"{path}: {key} holds a mapping; settings are flat")
-        expects_boolean = "bool" in str(fields[key].type)
-        if isinstance(value, bool) and not expects_boolean:
-            raise ConfigError(f"{path}: {key}: {value} is read as a truth value; quote it if a word is meant")
-        if isinstance(value, bool):
-            arguments.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            if any(isinstance(v, bool | dict | list) for v in value):
-                raise ConfigError(f"{path}: {key} must be a flat list of numbers or words")
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments.append(f"--{key}={value}")
-    return arguments
+        if key not in names:
+            raise ConfigError(f"{path}: unknown key {key!r}. {suggest(str(key), names)}")
+        if value is None:
+            if type(None) in typing.get_args(hints[key]):
+                read[key] = None
+            continue  # elsewhere null stands for the default
+        try:
+            read[key] = _read(parser, key, value, _kind(hints[key]))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return read
+
+
+def _read(parser: _Parser, key: str, value: Any, kind: dict[str, Any]) -> Any:
+    """Return one YAML value as the parser reads it."""
+
+    def parse(argument: str) -> Any:
+        return vars(parser.parse_args([argument]))[key]
+
+    if isinstance(value, dict):
+        raise ConfigError(f"{key} holds a mapping; settings are flat")
+    if isinstance(value, list):
+        if "nargs" not in kind:
+            raise ConfigError(f"{key} takes one value, got a list of {len(value)}")
+        if any(v is None or isinstance(v, bool | dict | list) for v in value):
+            raise ConfigError(f"{key} must be a flat list of numbers or words")
+        return [item for v in value for item in parse(f"--{key}={v}")]  # item by item: one may begin with a dash
+    if isinstance(value, bool) and "action" in kind:
+        return value
+    if isinstance(value, bool):
+        raise ConfigError(f"{key}: {value} is read as a truth value; quote it if a word is meant")
+    return parse(f"--{key}={value}")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Return the default of a field, ``dataclasses.MISSING`` if it must be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _parser(config_class: type, prog: str) -> _Parser:
@@ -120,13 +146,13 @@ def _parser(config_class: type, prog: str) -> _Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; arguments given here win")
     documentation, hints = _field_documentation(config_class), typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        text = documentation.get(field.name, "").replace("%", "%%")
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if default not in (dataclasses.MISSING, None, ""):
+        text, default = documentation.get(field.name, ""), _default(field)
+        if default is dataclasses.MISSING:
+            text = f"{text} (required)"
+        elif default not in (None, ""):
             text = f"{text} (default: {default})"
         names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
-        required = default is dataclasses.MISSING
-        parser.add_argument(*names, dest=field.name, help=text, required=required, **_kind(hints[field.name]))
+        parser.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), **_kind(hints[field.name]))
     return parser
 
 

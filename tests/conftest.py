@@ -19,6 +19,14 @@ def _offline_and_quiet(tmp_path_factory):
     torch.set_num_threads(int(os.environ.get("LMLEAK_TEST_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data and models; tests that need it are skipped where it is absent."""

@@ -7,6 +7,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from lmleak.adapters.structure import Selection, select_parameters
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch
+
+TRAINING_WRAPPERS = {
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "GradSampleModule",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,11 +153,11 @@ class ModelAdapter(ABC):
         if len(values) != size:
             raise DataError(f"got {len(values)} labels for {size} examples; expected one each")
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are integral too
                 raise DataError(f"labels must be integers in [0, {num_classes}), got {value!r}")
             if not 0 <= value < num_classes:
                 raise DataError(f"label {value} is out of range: this model has classes 0 to {num_classes - 1}")
-        return torch.tensor(values, device=self.device)
+        return torch.tensor([int(value) for value in values], device=self.device)
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -168,12 +173,13 @@ def refuse_unfit(model: nn.Module) -> None:
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         kinds = {base.__name__ for base in type(module).__mro__}
-        if kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+        if kinds & TRAINING_WRAPPERS:
             raise UnsupportedModelError(
-                f"{type(module).__name__} averages or shards gradients, and second derivatives through it are wrong; "
-                "pass the plain module (model.module, or accelerator.unwrap_model(model))"
+                f"{type(module).__name__} averages, shards or hooks gradients, and second derivatives through it are "
+                "wrong; pass the plain module (model.module, or accelerator.unwrap_model(model))"
             )
-        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = (getattr(module, "_compiled_call_impl", None), vars(module).get("forward"))
+        if "OptimizedModule" in kinds or compiled[0] or hasattr(compiled[1], "_torchdynamo_orig_callable"):
             raise UnsupportedModelError(
                 "a compiled module drops second derivatives; pass the module from before torch.compile"
             )

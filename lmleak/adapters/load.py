@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,7 +16,8 @@ from transformers import (
 )
 
 from lmleak.adapters.base import ModelAdapter, refuse_unfit
-from lmleak.adapters.text import TEXT_TASKS, TextAdapter
+from lmleak.adapters.targets import TEXT_TASKS
+from lmleak.adapters.text import TextAdapter
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.data.embedded import REFERENCE_MODELS
 from lmleak.errors import ConfigError, UnsupportedModelError
@@ -57,7 +59,7 @@ def load_adapter(
     source = str(REFERENCE_MODELS.get(name, name))
     is_shape = Path(source).suffix in (".yaml", ".yml")
     with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator by transformers
-        torch.manual_seed(seed)
+        _seed_weights(seed)
         model, task, tokenizer = _from_shape(source, task, tokenizer) if is_shape else _from_weights(
             source, name, task, tokenizer
         )  # fmt: skip
@@ -87,8 +89,9 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
     if task is None:
         if hasattr(model, "get_input_embeddings"):
             raise UnsupportedModelError(
-                f"cannot tell the task of {type(model).__name__}; it needs a head. Pass a ...ForSequenceClassification, "
-                f"...ForCausalLM or ...ForMaskedLM model, or task= (one of {', '.join(TEXT_TASKS)})"
+                f"cannot tell the task of {type(model).__name__}; it needs a head. Pass a "
+                "...ForSequenceClassification, ...ForCausalLM or ...ForMaskedLM model, or task= (one of "
+                f"{', '.join(TEXT_TASKS)})"
             )
         task = "image-classification"
     if task in TEXT_TASKS:
@@ -96,6 +99,11 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
     if task == "image-classification":
         return VisionAdapter(model, task=task, name=name)
     raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, 'image-classification'])}")
+
+
+def _seed_weights(seed: int) -> None:
+    """Seed the CPU generator alone: ``torch.manual_seed`` would reach the generators of all devices too."""
+    torch.default_generator.manual_seed(seed)
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -121,9 +129,9 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
                 f"pass task=, one of {', '.join(TEXT_TASKS)}"
             )
         model = MODEL_CLASSES[task].from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModelError | ConfigError):
-            raise
+    except (UnsupportedModelError, ConfigError):
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, damaged, or not of its config
         kind = "directory" if os.path.isdir(source) else "hub id (is the hub reachable?)"
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -142,13 +150,24 @@ def _from_shape(path: str, task: str | None, tokenizer: str | None):
         raise ConfigError(f"{path} is no shape file: expected a mapping with model_type and config")
     if unknown := set(shape) - SHAPE_KEYS:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(SHAPE_KEYS))}")
-    task = task or shape.get("task")
+    task, settings = task or shape.get("task"), shape.get("config") or {}
+    if task is None:
+        raise ConfigError(f"{path} does not say its task; add task: (one of {', '.join(TEXT_TASKS)})")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: config must be a mapping, got a {type(settings).__name__}")
     model_class = lookup("task", str(task), MODEL_CLASSES)
     if "seed" in shape:
-        torch.manual_seed(shape["seed"])
+        if not isinstance(shape["seed"], int):
+            raise ConfigError(f"{path}: seed must be an integer, got {shape['seed']!r}")
+        _seed_weights(shape["seed"])
     try:
-        config = AutoConfig.for_model(shape["model_type"], **shape.get("config", {}))
+        known = AutoConfig.for_model(shape["model_type"])
+        if absent := [key for key in settings if not hasattr(known, key)]:  # transformers would ignore it
+            raise ConfigError(f"{path}: unknown key {absent[0]!r} in config. {suggest(absent[0], known.to_dict())}")
+        config = AutoConfig.for_model(shape["model_type"], **settings)
         model = model_class.from_config(config, attn_implementation="eager")
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     return model, task, tokenizer or shape.get("tokenizer")
@@ -159,6 +178,10 @@ def _load_tokenizer(name: str | None):
         return None
     source = str(REFERENCE_MODELS.get(name, name))
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from error
+    # Beside a model without tokenizer files transformers makes one that knows special tokens only.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ConfigError(f"{name!r} holds no tokenizer; pass tokenizer= (a directory or hub id)")
+    return tokenizer

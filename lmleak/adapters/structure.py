@@ -67,15 +67,19 @@ def select_parameters(specification: str, adapter: "ModelAdapter") -> Selection:
         try:
             pattern = re.compile(specification)
         except re.error as error:
-            raise ConfigError(f"shared={specification!r} is neither a known choice nor a regular expression: "
-                              f"{error}. {suggest(specification, list(SHARED_SPECIFICATIONS))}") from error  # fmt: skip
+            raise ConfigError(
+                f"shared={specification!r} is neither a known choice nor a regular expression: {error}. "
+                f"{suggest(specification, list(SHARED_SPECIFICATIONS))}"
+            ) from error
         chosen = [n for n in names if pattern.search(n)]
         through_lookup = table in chosen and not adapter.lookup_table_is_tied()
     chosen = [n for n in names if n in set(chosen)]
     if not chosen:
+        known = specification in SHARED_SPECIFICATIONS  # then the model lacks such parameters, or does not train them
+        advice = f"Available: {', '.join(roles)}" if known else suggest(specification, list(SHARED_SPECIFICATIONS))
         raise ConfigError(
             f"shared={specification!r} selects none of the {len(names)} trained parameters (first: {names[0]!r}). "
-            f"{suggest(specification, list(SHARED_SPECIFICATIONS))}, or a regular expression over the names"
+            f"{advice}, or a regular expression over the names"
         )
     return Selection(specification, tuple(chosen), through_lookup)
 
@@ -83,7 +87,7 @@ def select_parameters(specification: str, adapter: "ModelAdapter") -> Selection:
 def find_blocks(model: nn.Module, num_layers: int | None) -> list[str]:
     """Return the module paths of the transformer blocks, in order.
 
-    They are the entries of the ModuleList (or Sequential) of ``num_layers`` equal classes; without a number, of
+    They are the entries of the ModuleList of ``num_layers`` equal classes; without a number, of
     the longest list of equal classes.
     """
     lists = {
@@ -98,6 +102,17 @@ def find_blocks(model: nn.Module, num_layers: int | None) -> list[str]:
     # Lists inside a block (experts, for instance) have longer paths; the blocks are the outermost.
     path = min(fitting, key=lambda p: (p.count("."), -len(fitting[p])))
     return [f"{path}.{i}" for i in range(len(fitting[path]))]
+
+
+def position_padding(model: nn.Module) -> int | None:
+    """Return the row that a learned position table keeps for padding, or None if it keeps none.
+
+    RoBERTa and its kin (XLM-R, CamemBERT, MPNet, Longformer) count positions from the row after it, by token id.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in path.rpartition(".")[2]:
+            return module.padding_idx
+    return None
 
 
 def text_roles(model: nn.Module, names: list[str], blocks: list[str]) -> dict[str, tuple[str, ...]]:

@@ -7,7 +7,8 @@ needs code of its own. Before first use the adapter checks that logits from x eq
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter, Prior
+from lmleak.adapters.checks import check_padding, check_parity, refuse_undefined_input
 from lmleak.adapters.families import FAMILIES, POSITIONS_FROM_MASK
 from lmleak.adapters.precision import KeepDouble
-from lmleak.adapters.structure import attention_inputs, find_blocks, text_roles
+from lmleak.adapters.structure import attention_inputs, find_blocks, position_padding, text_roles
+from lmleak.adapters.targets import causal_targets, cross_entropy, masked_targets
 from lmleak.errors import DataError, UnsupportedModelError
-from lmleak.types import IGNORE, Batch, TextBatch
-
-TEXT_TASKS = ("sequence-classification", "causal-lm", "masked-lm")
-MASKING_PROBABILITY = 0.15  # Devlin et al. 2019, arXiv:1810.04805, section 3.1
+from lmleak.types import Batch, TextBatch
 
 
 class TextAdapter(ModelAdapter):
@@ -37,8 +37,7 @@ class TextAdapter(ModelAdapter):
 
     def __init__(self, model: nn.Module, tokenizer=None, *, task: str, name: str = ""):
         super().__init__(model, task=task, name=name or getattr(model, "name_or_path", "") or type(model).__name__)
-        if not hasattr(self.model, "get_input_embeddings") or self.model.get_input_embeddings() is None:
-            raise UnsupportedModelError(f"{type(model).__name__} has no token-embedding table, so x has no definition")
+        refuse_undefined_input(self.model)
         if hasattr(self.model, "set_attn_implementation"):
             # Fused attention kernels have neither a double backward nor forward derivatives.
             self.model.set_attn_implementation("eager")
@@ -47,11 +46,15 @@ class TextAdapter(ModelAdapter):
         self.embedding = self.model.get_input_embeddings()
         self.family = FAMILIES.get(self.config.model_type)
         self.blocks = find_blocks(self.model, getattr(self.config, "num_hidden_layers", None))
+        self.position_padding = position_padding(self.model)
+        self.vocabulary_size, self.width = self.embedding.weight.shape
         self.pad_id = self._pad_id()
-        self.config.pad_token_id = self.pad_id  # the private copy's: where classifiers look for the last token
+        # The private copy's: where classifiers look for the last token, and outputs by name.
+        self.config.pad_token_id, self.config.return_dict = self.pad_id, True
         self._x: Tensor | None = None
         self._through_lookup = False
         self._parity_checked = False
+        self._padding_checked: set[str] = set()
         self.embedding.register_forward_hook(self._replace_embeddings)
 
     # The unknown -----------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ class TextAdapter(ModelAdapter):
 
     def table(self) -> Tensor:
         """Return the whole embedding table as the model consumes it, (V, D)."""
-        return self.embed(torch.arange(self.embedding.num_embeddings))
+        return self.embed(torch.arange(self.vocabulary_size))
 
     def input(self, batch: Batch) -> Tensor:
         """Return x0 = E[input_ids], (B, T, D)."""
@@ -78,7 +81,7 @@ class TextAdapter(ModelAdapter):
     def free(self, batch: Batch) -> Tensor:
         """Return True on every coordinate of a real token, False on padding, (B, T, D)."""
         mask = batch.layout["attention_mask"].bool()
-        return mask[..., None].expand(*mask.shape, self.embedding.embedding_dim)
+        return mask[..., None].expand(*mask.shape, self.width)
 
     def prior(self) -> Prior:
         """Return the mean (D,) and the coordinate standard deviation of the embedding table."""
@@ -103,6 +106,10 @@ class TextAdapter(ModelAdapter):
         ids = torch.where(mask.bool(), self._filler_id(), self.pad_id)
         return self._run(ids, layout, parameters, x=x)
 
+    def logits_from_ids(self, batch: Batch) -> Tensor:
+        """Return the logits that the model computes from the true token ids."""
+        return self._run(batch.inputs["input_ids"], batch.layout, None)
+
     def _run(self, ids, layout, parameters, x=None, through_lookup=False) -> Tensor:
         self._x, self._through_lookup = x, through_lookup
         arguments = {"input_ids": ids.to(self.device), **layout, **self._positions(layout)}
@@ -116,12 +123,10 @@ class TextAdapter(ModelAdapter):
     def _positions(self, layout) -> dict[str, Tensor]:
         """Return position_ids that skip left padding, for families that would count it; nothing otherwise."""
         mask = layout["attention_mask"]
-        counts_padding = self.family is None or self.family.positions == POSITIONS_FROM_MASK
-        if (
-            not counts_padding
-            or not _has_argument(self.model.forward, "position_ids")
-            or bool((mask[:, 0] == 1).all())
-        ):
+        automatic = self.family is not None and self.family.positions != POSITIONS_FROM_MASK
+        # A table with a row for padding is read at positions that the model counts itself (RoBERTa and its kin).
+        automatic = automatic or self.position_padding is not None
+        if automatic or not self._accepts("position_ids") or bool((mask[:, 0] == 1).all()):
             return {}
         return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
@@ -144,22 +149,12 @@ class TextAdapter(ModelAdapter):
         Returns:
             The loss in nats, averaged over examples (classification) or over target positions.
         """
-        return self._cross_entropy(self.logits(x, layout, parameters), targets)
+        return cross_entropy(self.task, self.logits(x, layout, parameters), targets)
 
     def loss_through_lookup(self, batch: Batch, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the same loss with the true ids looked up, so that the table's rows get their gradient."""
         logits = self._run(batch.inputs["input_ids"], batch.layout, parameters, x=x, through_lookup=True)
-        return self._cross_entropy(logits, batch.targets)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.task == "causal-lm":
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        logits = logits.reshape(-1, logits.shape[-1])
-        if not targets.is_floating_point():
-            return F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE)
-        targets = targets.reshape(-1, logits.shape[-1])
-        weight = targets.sum()  # number of positions with a target, if each sums to one
-        return -(targets * logits.log_softmax(-1)).sum() / weight
+        return cross_entropy(self.task, logits, batch.targets)
 
     # Batches ---------------------------------------------------------------------------------------------
 
@@ -183,13 +178,19 @@ class TextAdapter(ModelAdapter):
             seed: Chooses the masked positions of a masked LM.
 
         Returns:
-            The batch on the model's device.
+            The batch on the model's device. The first of its kind is refused as ``UnsupportedModelError`` or
+            ``UnsupportedCombinationError`` where the model is not a function of x, or not of x alone when padded.
 
         Raises:
             DataError: On empty or too long text, wrong labels, or ids outside the vocabulary.
         """
-        if isinstance(examples, str) or not len(examples):
-            raise DataError("expected a non-empty list of texts, got " + ("one string" if examples else "nothing"))
+        if isinstance(examples, str | bytes) or not isinstance(examples, Iterable):
+            raise DataError(f"expected a list of texts, got one {type(examples).__name__}")
+        examples = list(examples)
+        if not examples:
+            raise DataError("expected a non-empty list of texts, got none")
+        if max_length is not None and max_length < 1:
+            raise DataError(f"max_length must be at least 1, got {max_length}")
         if padding_side not in ("right", "left"):
             raise DataError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
         sequences = [self._token_ids(i, example, max_length) for i, example in enumerate(examples)]
@@ -201,7 +202,7 @@ class TextAdapter(ModelAdapter):
             ids[row, where], mask[row, where] = torch.tensor(sequence), 1
         ids, targets = self._targets(ids, mask, labels, seed)
         layout = {"attention_mask": mask.to(self.device)}
-        if getattr(self.config, "type_vocab_size", 0) and _has_argument(self.model.forward, "token_type_ids"):
+        if getattr(self.config, "type_vocab_size", 0) and self._accepts("token_type_ids"):
             layout["token_type_ids"] = torch.zeros_like(layout["attention_mask"])
         special = self.special_ids()
         private = tuple(tuple(t for t in sequence if t not in special) for sequence in sequences)
@@ -209,7 +210,7 @@ class TextAdapter(ModelAdapter):
             inputs={"input_ids": ids.to(self.device)}, targets=targets.to(self.device), layout=layout,
             texts=tuple(self.decode(t) for t in private), token_ids=private,
         )  # fmt: skip
-        self._check_parity(batch)
+        self._check_once(batch, padding_side)
         return batch
 
     def _token_ids(self, index: int, example, max_length: int | None) -> list[int]:
@@ -220,21 +221,27 @@ class TextAdapter(ModelAdapter):
                 raise DataError(f"text {index} is empty; there is nothing to protect or to recover in it")
             sequence = list(self.tokenizer(example, add_special_tokens=True)["input_ids"])
         else:
-            sequence = [int(t) for t in example]
+            try:
+                sequence = [operator.index(t) for t in example]
+            except TypeError as error:
+                raise DataError(
+                    f"example {index} is neither a text nor a list of token ids: {example!r:.60}"
+                ) from error
         if max_length is not None and len(sequence) > max_length:
             closing = sequence[-1:] if sequence[-1] in self.special_ids() else []
             sequence = sequence[: max_length - len(closing)] + closing
         limit = self.max_positions()
         if limit is not None and len(sequence) > limit:
             raise DataError(
-                f"text {index} has {len(sequence)} tokens, the model has {limit} positions; shorten it or pass max_length="
+                f"text {index} has {len(sequence)} tokens, the model has {limit} positions; shorten it or pass "
+                "max_length="
             )
         if not set(sequence) - self.special_ids():
             raise DataError(f"text {index} has no token besides special ones; there is nothing to recover in it")
-        if outside := [t for t in sequence if not 0 <= t < self.embedding.num_embeddings]:
+        if outside := [t for t in sequence if not 0 <= t < self.vocabulary_size]:
             raise DataError(
                 f"text {index} holds token id {outside[0]}, but the embedding table has "
-                f"{self.embedding.num_embeddings} rows; is the tokenizer this model's?"
+                f"{self.vocabulary_size} rows; is the tokenizer this model's?"
             )
         if self.task == "causal-lm" and len(sequence) < 2:
             raise DataError(f"text {index} has one token; a causal language model needs two to have a loss")
@@ -246,36 +253,23 @@ class TextAdapter(ModelAdapter):
         if labels is not None:
             raise DataError(f"task {self.task!r} takes its targets from the text; drop labels=")
         if self.task == "causal-lm":
-            # A first token behind left padding would be predicted from padding; like any first token it has no loss.
-            after_padding = F.pad(mask, (1, 0), value=1)[:, :-1] == 0
-            return ids, ids.masked_fill((mask == 0) | after_padding, IGNORE)
+            return ids, causal_targets(ids, mask)
         if self.tokenizer is None or self.tokenizer.mask_token_id is None:
             raise DataError("a masked language model needs a tokenizer with a mask token")
-        special = torch.isin(ids, torch.tensor(sorted(self.special_ids())))
-        scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-        scores = scores.masked_fill(special | (mask == 0), 2.0)
-        # At least one position per text, so that every text has a loss. Every chosen position becomes the mask
-        # token (no random or kept tokens): the plain form of the objective.
-        chosen = (scores < MASKING_PROBABILITY) | (scores == scores.min(-1, keepdim=True).values)
-        return ids.masked_fill(chosen, self.tokenizer.mask_token_id), ids.masked_fill(~chosen, IGNORE)
+        return masked_targets(ids, mask, self.special_ids(), self.tokenizer.mask_token_id, seed)
 
-    def _check_parity(self, batch: TextBatch) -> None:
-        """Refuse, once, a model in which the token ids act other than through the embedding table."""
-        if self._parity_checked:
-            return
-        with torch.no_grad():
-            from_ids = self._run(batch.inputs["input_ids"], batch.layout, None)
-            from_x = self.logits(self.input(batch), batch.layout)
-        if from_ids.dim() == 3:
-            real = batch.layout["attention_mask"].bool()
-            from_ids, from_x = from_ids[real], from_x[real]
-        error = (from_ids - from_x).abs().max() / from_ids.abs().max().clamp(min=1e-30)
-        if not error < 1e-4:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} computes different logits from embeddings than from token ids (relative "
-                f"difference {error:.1e}): it uses the ids elsewhere too, so x does not determine the loss"
-            )
-        self._parity_checked = True
+    def _check_once(self, batch: TextBatch, side: str) -> None:
+        """Check parity and padding at first use; parity also where a text holds the padding token.
+
+        Models that find padding or count positions by token id would take such a token for padding.
+        """
+        ids, real = batch.inputs["input_ids"], batch.layout["attention_mask"].bool()
+        if not self._parity_checked or bool((ids[real] == self.pad_id).any()):
+            check_parity(self, batch)
+            self._parity_checked = True
+        if side not in self._padding_checked and not bool(real.all()):
+            check_padding(self, batch, side)
+            self._padding_checked.add(side)
 
     # Tokens ----------------------------------------------------------------------------------------------
 
@@ -284,13 +278,13 @@ class TextAdapter(ModelAdapter):
             for attribute in ("pad_token_id", "eos_token_id"):
                 value = getattr(source, attribute, None)
                 value = value[0] if isinstance(value, list) else value
-                if value is not None and 0 <= value < self.embedding.num_embeddings:
+                if value is not None and 0 <= value < self.embedding.weight.shape[0]:
                     return value
         return 0
 
     def _filler_id(self) -> int:
         special = self.special_ids() | {self.pad_id}
-        return next(i for i in range(self.embedding.num_embeddings) if i not in special)
+        return next(i for i in range(self.vocabulary_size) if i not in special)
 
     def special_ids(self) -> set[int]:
         """Return the ids of special tokens, which carry no private text; the mask token counts as text."""
@@ -320,7 +314,12 @@ class TextAdapter(ModelAdapter):
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
         if limit is None:
             return None
-        return limit - (self.family.reserved_positions(self.config) if self.family else 0)
+        return limit - (0 if self.position_padding is None else self.position_padding + 1)
+
+    def _accepts(self, argument: str) -> bool:
+        """Return whether the model's forward takes an argument; PEFT wrappers hide theirs behind ``**kwargs``."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return argument in inspect.signature(model.forward).parameters
 
     # Structure -------------------------------------------------------------------------------------------
 
@@ -348,7 +347,3 @@ class TextAdapter(ModelAdapter):
         ids = torch.full((1, 3), self._filler_id())
         with torch.no_grad():
             return attention_inputs(self.model, self.blocks[block], lambda: self._run(ids, layout, None))
-
-
-def _has_argument(function, argument: str) -> bool:
-    return argument in inspect.signature(function).parameters

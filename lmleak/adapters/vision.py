@@ -61,11 +61,16 @@ class VisionAdapter(ModelAdapter):
         if not isinstance(examples, Tensor) or examples.dim() != 4 or not len(examples):
             got = tuple(examples.shape) if isinstance(examples, Tensor) else type(examples).__name__
             raise DataError(f"expected pixel_values (B, C, H, W), got {got}")
+        if not examples.is_floating_point():
+            raise DataError(f"expected normalised pixels in floating point, got {examples.dtype}")
         if not torch.isfinite(examples).all():
             raise DataError("the pixels hold NaN or Inf")
         pixels = examples.to(self.device, self.dtype)
-        with torch.no_grad():
-            num_classes = self.logits(pixels[:1]).shape[-1]
+        try:
+            with torch.no_grad():
+                num_classes = self.logits(pixels[:1]).shape[-1]
+        except RuntimeError as error:
+            raise DataError(f"{self.name} cannot read pixels of shape {tuple(examples.shape)}: {error}") from error
         return Batch({"pixel_values": pixels}, self.check_labels(labels, len(examples), num_classes))
 
     def roles(self) -> dict[str, tuple[str, ...]]:
@@ -94,11 +99,12 @@ class LeNet(nn.Module):
         super().__init__()
         width, strides = 12, (2, 2, 1, 1)
         inputs = (channels, width, width, width)
-        self.body = nn.Sequential()
-        for i, stride in zip(inputs, strides, strict=True):
-            self.body.extend([nn.Conv2d(i, width, 5, stride=stride, padding=2), nn.Sigmoid()])
         side = (size + 3) // 4  # two convolutions of stride 2, each rounding up
-        self.fc = nn.Linear(width * side * side, num_classes)
+        with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
+            self.body = nn.Sequential()
+            for i, stride in zip(inputs, strides, strict=True):
+                self.body.extend([nn.Conv2d(i, width, 5, stride=stride, padding=2), nn.Sigmoid()])
+            self.fc = nn.Linear(width * side * side, num_classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():

@@ -148,12 +148,14 @@ class SharedGradient:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         try:
-            batch_size, defenses = int(metadata["batch_size"]), tuple(json.loads(metadata["defenses"]))
+            batch_size, defenses = int(metadata["batch_size"]), json.loads(metadata["defenses"])
         except ValueError as error:
             raise DataError(f"the header of {path} is damaged: {error}") from error
+        if batch_size < 1 or not isinstance(defenses, list) or not all(isinstance(d, str) for d in defenses):
+            raise DataError(f"the header of {path} is damaged: batch_size={batch_size}, defenses={defenses!r}")
         loaded = cls(
             gradient=part("gradient/"), task=metadata["task"], batch_size=batch_size,
-            model=metadata.get("model", ""), shared=metadata["shared"], defenses=defenses,
+            model=metadata.get("model", ""), shared=metadata["shared"], defenses=tuple(defenses),
             layout=part("layout/"), labels=tensors.get("labels"),
         )  # fmt: skip
         if adapter is not None:

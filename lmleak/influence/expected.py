@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lmleak.errors import ConfigError
 from lmleak.influence.jacobian import InputJacobian
 from lmleak.influence.solver import magnitude
 from lmleak.linops import SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
@@ -81,7 +82,12 @@ def expected_influence(
 
     Returns:
         One result per level.
+
+    Raises:
+        ConfigError: If a level or the prior's deviation is not positive and finite.
     """
+    if not all(math.isfinite(std) and std > 0 for std in [*noise_stds, prior_std]):
+        raise ConfigError(f"expected positive noise levels and prior, got {list(noise_stds)} and tau = {prior_std}")
     response = spectrum.trace(lambda x: x / (x + damping) ** 2, tol=tol)
     return [_at_level(spectrum, response, damping, std, (std / prior_std) ** 2, tol) for std in noise_stds]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmleak.adapters.base import Prior
 from lmleak.defenses.noise import unit_noise
+from lmleak.errors import ConfigError
 from lmleak.influence.jacobian import InputJacobian
 from lmleak.linops import EigenvalueResult, Krylov, krylov_solve, multishift_krylov, top_eigenvalue
 from lmleak.types import Magnitude
@@ -143,7 +144,8 @@ class InfluenceSolver:
 
         ||d (A + d I)^-1 (x - mu)||^2 / ||x - mu||^2: the part in the null space of J for d -> 0 (an embedding
         LayerNorm removes a direction per token, a causal model's last position never enters the loss), everything for
-        d -> infinity. I2F, defined on range(A), leaves this part out.
+        d -> infinity. I2F, defined on range(A), leaves this part out. Gauss quadrature of the run, so a lower bound;
+        far below ``default_damping``, which is what the run resolves, it may be far too low.
         """
         values, vectors = self.deviation_run.ritz_pairs()
         return float((vectors[0] ** 2 * (damping / (values.clip(min=0) + damping)) ** 2).sum())
@@ -185,7 +187,12 @@ class InfluenceSolver:
 
         Returns:
             One list per noise level, one result per damping.
+
+        Raises:
+            ConfigError: If a level is negative or not finite.
         """
+        if not all(math.isfinite(std) and std >= 0 for std in noise_stds):
+            raise ConfigError(f"noise_std must be finite and >= 0, got {list(noise_stds)}")
         dampings = [self.default_damping] if dampings is None else list(dampings)
         response = self.respond(self.noise(), dampings)
         return [[response.influence(d, scale=std) for d in dampings] for std in noise_stds]

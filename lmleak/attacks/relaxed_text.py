@@ -1,0 +1,195 @@
+"""Private text as continuous unknowns: what is public about it, what is free, and how numbers become tokens again.
+
+Public, by the threat model: lengths and padding (the layout), and the special tokens that the tokenizer puts around
+every text. Free: one embedding per remaining token, in units of the prior, and for language models the targets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmleak.adapters.text import TextAdapter
+from lmleak.types import Observation
+
+SHARPNESS = 16.0
+"""Cosine 1 against 0 counts exp(16) to 1: enough to single out one token of 10^5, soft enough to move."""
+DUMMY_WORD = "1"  # any word will do; a digit is in every vocabulary, also in those of numbers
+
+
+def token_template(adapter: TextAdapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after any single text.
+
+    Found by tokenising a dummy word with and without special tokens; nothing private is looked at.
+
+    Args:
+        adapter: The text adapter.
+
+    Returns:
+        Prefix and suffix; both empty without a tokenizer.
+    """
+    if adapter.tokenizer is None:
+        return (), ()
+    whole = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=True)["input_ids"])
+    word = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(word) + 1):
+        if whole[start : start + len(word)] == word:
+            prefix, suffix = whole[:start], whole[start + len(word) :]
+            return tuple(prefix), tuple(suffix)
+    return (), ()
+
+
+@dataclass
+class Unknowns:
+    """The free numbers of one guess, all leaves. N is the number of free positions in the batch."""
+
+    u: Tensor
+    """(N, D) embeddings of the free positions, standardised by the prior: x = mean + std u."""
+    logits: Tensor | None = None
+    """(N, V) free part of the soft targets; language models only."""
+    gate: Tensor | None = None
+    """(N,) log-odds that a position is masked; masked language models only."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return the leaves that exist."""
+        return [t for t in (self.u, self.logits, self.gate) if t is not None]
+
+    def detached(self) -> "Unknowns":
+        """Return a copy without graph."""
+        return Unknowns(*(None if t is None else t.detach().clone() for t in (self.u, self.logits, self.gate)))
+
+
+@dataclass
+class RelaxedText:
+    """The map from unknowns to (x, targets), and back to tokens.
+
+    Positions are enumerated row by row over real tokens, so that a guess does not depend on where the padding is.
+    """
+
+    adapter: TextAdapter
+    observation: Observation
+    table: Tensor = field(init=False)
+    """(V, D) token embeddings E."""
+
+    def __post_init__(self):
+        adapter, device = self.adapter, self.adapter.device
+        self.layout = {name: tensor.to(device) for name, tensor in self.observation.layout.items()}
+        self.real = self.layout["attention_mask"].bool()
+        self.table, self.prior = adapter.table(), adapter.prior()
+        # Cosines are taken around the mean embedding: a trained table's mean is long, and shared by all tokens.
+        self.directions = F.normalize(self.table - self.prior.mean, dim=-1)
+        self.excluded = torch.tensor(sorted(adapter.special_ids()), dtype=torch.long, device=device)
+        self.known = self._known_tokens()
+        self.free = self.real & (self.known < 0)
+        self.base = self.table[self.known.clamp(min=0)]
+        self._prepare_targets()
+
+    def _known_tokens(self) -> Tensor:
+        """Return the public token per position (B, T), -1 where it is private; padding counts as public."""
+        known = torch.where(self.real, -1, self.adapter.pad_id)
+        prefix, suffix = token_template(self.adapter)
+        for row, positions in enumerate(mask.nonzero().flatten().tolist() for mask in self.real):
+            if len(positions) <= len(prefix) + len(suffix):
+                continue  # shorter than the template: not made by this tokenizer, so nothing is known
+            public = zip(positions, prefix, strict=False), zip(reversed(positions), reversed(suffix), strict=False)
+            for position, token in (pair for pairs in public for pair in pairs):
+                known[row, position] = token
+        return known
+
+    def _prepare_targets(self) -> None:
+        task = self.adapter.task
+        self.has_token_targets = task in ("causal-lm", "masked-lm")
+        if not self.has_token_targets:
+            return
+        predicted = torch.zeros_like(self.real)
+        predicted[:, 1:] = self.real[:, 1:] & self.real[:, :-1]  # a first token has no predecessor and no loss
+        fixed = predicted & (self.known >= 0) if task == "causal-lm" else torch.zeros_like(self.real)
+        self.public_targets = F.one_hot(self.known.clamp(min=0), len(self.table)) * fixed[..., None]
+        self.public_targets = self.public_targets.to(self.table.dtype)
+        self.is_target = predicted[self.free]
+
+    # Unknowns to (x, targets) ----------------------------------------------------------------------------
+
+    def draw(self, generator: torch.Generator, init_scale: float) -> Unknowns:
+        """Return a random guess: x from the prior, targets undecided.
+
+        Args:
+            generator: A CPU generator.
+            init_scale: Standard deviation of u.
+
+        Returns:
+            New leaves.
+        """
+        shape = int(self.free.sum()), self.table.shape[-1]
+        u = init_scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        guess = Unknowns(u.to(self.table))
+        if self.has_token_targets:
+            guess.logits = self.table.new_zeros(shape[0], len(self.table))
+        if self.adapter.task == "masked-lm":
+            guess.gate = self.table.new_zeros(shape[0])
+        for tensor in guess.tensors():
+            tensor.requires_grad_()
+        return guess
+
+    def rows(self, guess: Unknowns) -> Tensor:
+        """Return the embeddings of the free positions, (N, D)."""
+        return self.prior.mean + self.prior.std * guess.u
+
+    def x(self, guess: Unknowns) -> Tensor:
+        """Return the input (B, T, D), public tokens at their true embeddings."""
+        return self.base.index_put((self.free,), self.rows(guess))
+
+    def targets(self, guess: Unknowns) -> Tensor:
+        """Return class labels, or token targets as probabilities (B, T, V).
+
+        Causal: the target at t is the input at t, so its probabilities are softmax(SHARPNESS cos(x_t, E) + free
+        logits). Tried on random GPT-2 (2 x 64, V = 500): free logits alone recover the targets but not x at the
+        last position, whose x enters no loss; the cosine alone is a bottleneck that keeps the objective 100 times
+        higher; the sum has neither fault.
+        Masked: which positions carry loss is private too. Each has a weight sigmoid(gate) and free logits.
+        """
+        if not self.has_token_targets:
+            return self.observation.labels.to(self.adapter.device)
+        if guess.gate is None:
+            probabilities = self.scores(guess).softmax(-1) * self.is_target[:, None]
+        else:
+            probabilities = guess.logits.softmax(-1) * guess.gate.sigmoid()[:, None]
+        return self.public_targets.index_put((self.free,), probabilities)
+
+    # Tokens ----------------------------------------------------------------------------------------------
+
+    def scores(self, guess: Unknowns) -> Tensor:
+        """Return the log-weight of every token at the free positions, (N, V)."""
+        cosines = F.normalize(guess.u, dim=-1) @ self.directions.T
+        tied = (
+            SHARPNESS * cosines
+            if guess.logits is None or guess.gate is not None
+            else SHARPNESS * cosines + guess.logits
+        )
+        return tied.index_fill(-1, self.excluded, -torch.inf)
+
+    def decode(self, guess: Unknowns) -> tuple[list[list[int]], list[list[float]]]:
+        """Return tokens and confidences per sequence, public tokens included, padding removed.
+
+        The token is the one of largest score, confidence its probability under softmax(score); 1 for public ones.
+        A masked position of a masked language model takes the target's token instead.
+        """
+        probabilities = self.scores(guess).softmax(-1)
+        if guess.gate is not None:
+            mask_token = self.adapter.tokenizer.mask_token_id
+            masked = (guess.gate > 0) | (probabilities.argmax(-1) == mask_token)
+            probabilities[:, mask_token] = 0
+            probabilities = torch.where(masked[:, None], guess.logits.softmax(-1), probabilities)
+        confidence, token = probabilities.max(-1)
+        tokens = self.known.masked_scatter(self.free, token)
+        confidences = torch.ones_like(self.real, dtype=confidence.dtype).masked_scatter(self.free, confidence)
+        return self._per_sequence(tokens), self._per_sequence(confidences)
+
+    def _per_sequence(self, values: Tensor) -> list[list]:
+        return [row[mask].tolist() for row, mask in zip(values, self.real, strict=True)]
+
+    def embeddings(self, guess: Unknowns) -> tuple[Tensor, ...]:
+        """Return the recovered input of each sequence, (T_i, D), padding removed."""
+        return tuple(row[mask] for row, mask in zip(self.x(guess), self.real, strict=True))
