@@ -1,4 +1,4 @@
-"""Gradient matching: move a guess until its gradient is the observed one. DLG and TAG share everything but the distance.
+"""Gradient matching: move a guess until its gradient is the observed one. DLG and TAG differ in the distance only.
 
     x* = argmin_x  distance(grad_theta L(x, y; theta), g*)
 
@@ -17,7 +17,7 @@ are tokens in place, random BERT 2 x 64 with T = 16 / the reference BERT):
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Attack, reconstruction
-from lmleak.attacks.objectives import layer_scales, squared_l2, squared_l2_plus_l1
+from lmleak.attacks.objectives import SquaredL2, SquaredL2PlusL1
 from lmleak.attacks.relaxed_text import RelaxedText, Unknowns
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.capture import gradient_of
@@ -88,10 +88,8 @@ class GradientMatching(Attack):
                     f"attack {self.name!r}: {option} must be a finite number of at least 0, got {value!r}"
                 )
 
-    def distance(
-        self, guess: Mapping[str, Tensor], observed: Mapping[str, Tensor], scales: Mapping[str, float]
-    ) -> Tensor:
-        """Return how far the guessed gradient is from the observed one, a scalar."""
+    def objective(self, observed: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """Return the distance of a gradient from the observed one, as a function of the former."""
         raise NotImplementedError
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
@@ -107,8 +105,8 @@ class GradientMatching(Attack):
         super().check(adapter, shared)
         if not matched_names(adapter, shared):
             raise UnsupportedCombinationError(
-                f"attack {self.name!r} matches gradients as functions of the embeddings x, and the only gradient shared "
-                "is the word table's, a function of token ids; share more, or read the tokens off its non-zero rows"
+                f"attack {self.name!r} matches gradients as functions of the embeddings x, and the only gradient "
+                "shared is the word table's, a function of token ids; share more, or read the tokens off its rows"
             )
 
     def recover(self, adapter: ModelAdapter, observation: Observation, *, seed: int) -> Reconstruction:
@@ -133,7 +131,7 @@ class GradientMatching(Attack):
         best = min(attempts, key=lambda attempt: attempt.objective)
         sequences, confidence = text.decode(best.guess)
         iterations = sum(attempt.iterations for attempt in attempts)
-        evaluations = GRADIENTS_PER_ITERATION * iterations + self.candidates * len(attempts)
+        evaluations = GRADIENTS_PER_ITERATION * iterations + len(attempts) * (self.candidates if self.candidates > 1 else 0)
         return reconstruction(
             self.name, adapter, sequences, confidence,
             cost=AttackCost(time.perf_counter() - started, evaluations, iterations),
@@ -160,7 +158,7 @@ class Matching:
         self.names = matched_names(self.adapter, observation)
         reference = text.table
         self.observed = {n: observation.gradient[n].to(reference.device, reference.dtype) for n in self.names}
-        self.scales = layer_scales(self.observed, options.balance)
+        self.objective = options.objective(self.observed)
         left_out = [n for n in observation.gradient if n not in self.names]
         self.notes = (
             (f"{left_out[0]} was not matched: its looked-up rows are a function of token ids, not of x",)
@@ -174,16 +172,21 @@ class Matching:
         gradient, _ = gradient_of(
             self.adapter, x, self.text.targets(guess), self.text.layout, self.names, create_graph=create_graph
         )
-        return self.options.distance(gradient, self.observed, self.scales)
+        return self.objective(gradient)
 
     def start(self, generator: torch.Generator) -> Unknowns:
         """Return the candidate of lowest objective."""
-        guesses = [self.text.draw(generator, self.options.init_scale) for _ in range(self.options.candidates)]
-        if len(guesses) == 1:
-            return guesses[0]
-        with_distance = [(self.distance(guess, create_graph=False).item(), guess) for guess in guesses]
-        finite = [pair for pair in with_distance if math.isfinite(pair[0])]
-        return min(finite, key=lambda pair: pair[0])[1] if finite else guesses[0]
+        best, least = self.text.draw(generator, self.options.init_scale), math.inf
+        if self.options.candidates == 1:
+            return best
+        candidate = best
+        for remaining in reversed(range(self.options.candidates)):
+            value = self.distance(candidate, create_graph=False).item()
+            if value < least:
+                best, least = candidate, value
+            if remaining:
+                candidate = self.text.draw(generator, self.options.init_scale)
+        return best
 
     def descend(self, generator: torch.Generator) -> Descent:
         """Run Adam from one start and keep the best iterate."""
@@ -199,15 +202,15 @@ class Matching:
             objective = self.distance(guess, create_graph=True)
             value = objective.item()
             if not math.isfinite(value):
-                return Descent(best, best_objective, iteration, f"objective became {value} at iteration {iteration}")
+                return Descent(best, best_objective, iteration + 1, f"objective became {value} at iteration {iteration}")
             if value < best_objective:
                 best, best_objective = guess.detached(), value
             if value <= options.loss_tolerance:
-                return Descent(best, best_objective, iteration, "objective below tolerance")
+                return Descent(best, best_objective, iteration + 1, "objective below tolerance")
             if value < reference * (1 - IMPROVEMENT):
                 reference, last_improved = value, iteration
             elif iteration - last_improved >= options.patience:
-                return Descent(best, best_objective, iteration, f"no improvement for {options.patience} iterations")
+                return Descent(best, best_objective, iteration + 1, f"no improvement for {options.patience} iterations")
             gradients = torch.autograd.grad(objective, unknowns)
             for unknown, gradient in zip(unknowns, gradients, strict=True):
                 unknown.grad = gradient / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
@@ -231,27 +234,23 @@ class DLG(GradientMatching):
     name: ClassVar[str] = "dlg"
     paper: ClassVar[str] = "Zhu, Liu, Han 2019, Deep Leakage from Gradients, arXiv:1906.08935"
 
-    def distance(
-        self, guess: Mapping[str, Tensor], observed: Mapping[str, Tensor], scales: Mapping[str, float]
-    ) -> Tensor:
+    def objective(self, observed: Mapping[str, Tensor]) -> SquaredL2:
         """Return the squared L2 distance."""
-        return squared_l2(guess, observed, scales)
+        return SquaredL2(observed, balance=self.balance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TAG(GradientMatching):
     """Transformer attack on gradients: squared L2 plus alpha times L1."""
 
-    alpha: float = 0.01
-    """Weight of the L1 norm against a gradient of unit norm."""
+    alpha: float = 0.1
+    """Weight of the relative L1 distance (``objectives.SquaredL2PlusL1``)."""
 
     name: ClassVar[str] = "tag"
     paper: ClassVar[str] = (
         "Deng et al. 2021, TAG: Gradient Attack on Transformer-based Language Models, arXiv:2103.06819"
     )
 
-    def distance(
-        self, guess: Mapping[str, Tensor], observed: Mapping[str, Tensor], scales: Mapping[str, float]
-    ) -> Tensor:
+    def objective(self, observed: Mapping[str, Tensor]) -> SquaredL2PlusL1:
         """Return the squared L2 distance plus alpha times the L1 distance."""
-        return squared_l2_plus_l1(guess, observed, scales, self.alpha)
+        return SquaredL2PlusL1(observed, balance=self.balance, alpha=self.alpha)

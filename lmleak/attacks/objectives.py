@@ -7,9 +7,9 @@ they are compared,
     g'_l = s_l g_l,   s_l proportional to ||g*_l||^-balance,   ||g*'||_2 = 1 over all layers,
 
 with g* the observed gradient. ``balance=0`` is the objective as published, up to one global factor; ``balance=1``
-compares relative errors and weighs all layers alike. The global factor is what gives numbers a meaning across
-models: the objective of the guess "zero gradient" is 1 (plus the L1 term), and TAG's alpha is weighed against a
-gradient of unit norm. Published alphas refer to the raw norm, which shrinks as a model trains.
+compares relative errors and weighs all layers alike. The L1 norm is divided by that of g*', too. So numbers have a
+meaning across models: at the guess "zero gradient" the L2 part is 1 and the L1 part is alpha. Published alphas weigh
+raw norms, whose ratio grows with the square root of the number of parameters and with the gradient's size.
 """
 
 from collections.abc import Mapping
@@ -43,36 +43,48 @@ def layer_scales(observed: Mapping[str, Tensor], balance: float) -> dict[str, fl
     return {name: scale / total for name, scale in scales.items()}
 
 
-def squared_l2(guess: Mapping[str, Tensor], observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
-    """Return ``sum_l ||s_l (g_l - g*_l)||_2^2``, the objective of DLG (Zhu et al. 2019, arXiv:1906.08935, eq. 4).
+class SquaredL2:
+    """``sum_l ||s_l (g_l - g*_l)||_2^2``, the objective of DLG (Zhu et al. 2019, arXiv:1906.08935, eq. 4).
+
+    The paper has s_l = 1 (``balance=0``, up to one factor).
 
     Args:
-        guess: Gradient g of the guessed input, by name; may hold a graph.
-        observed: Observed gradient g*, the same names.
-        scales: From :func:`layer_scales`; the paper has s_l = 1.
-
-    Returns:
-        A scalar; 1 for the guess zero.
+        observed: The observed gradient g*.
+        balance: How far layers are rescaled (:func:`layer_scales`).
     """
-    return torch.stack([(scales[name] * (guess[name] - g)).square().sum() for name, g in observed.items()]).sum()
+
+    def __init__(self, observed: Mapping[str, Tensor], *, balance: float):
+        self.scales = layer_scales(observed, balance)
+        self.scaled_observed = {name: self.scales[name] * g for name, g in observed.items()}
+
+    def differences(self, guess: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return s_l (g_l - g*_l) of every layer."""
+        return [self.scales[name] * guess[name] - target for name, target in self.scaled_observed.items()]
+
+    def __call__(self, guess: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of a guess g, which may hold a graph, from g*: a scalar, 1 at g = 0."""
+        return torch.stack([d.square().sum() for d in self.differences(guess)]).sum()
 
 
-def squared_l2_plus_l1(
-    guess: Mapping[str, Tensor], observed: Mapping[str, Tensor], scales: Mapping[str, float], alpha: float
-) -> Tensor:
-    """Return ``sum_l ||s_l (g_l - g*_l)||_2^2 + alpha ||s_l (g_l - g*_l)||_1``, the objective of TAG.
+class SquaredL2PlusL1(SquaredL2):
+    """``sum_l ||s_l (g_l - g*_l)||_2^2 + alpha sum_l ||s_l (g_l - g*_l)||_1 / sum_l ||s_l g*_l||_1``, of TAG.
 
-    Deng et al. 2021, arXiv:2103.06819, eq. 3. As in the comparison code of LAMP (Balunovic et al. 2022,
-    arXiv:2202.08827) the L2 norm is squared and alpha is one number; the paper lets alpha fall with depth.
+    Deng et al. 2021, arXiv:2103.06819, eq. 3, have ``||g - g*||_2 + alpha ||g - g*||_1`` with alpha falling with
+    depth. The comparison code of LAMP (Balunovic et al. 2022, arXiv:2202.08827) squares the L2 norm and keeps one
+    alpha = 0.01; so do we, except that both norms are relative.
 
     Args:
-        guess: Gradient g of the guessed input, by name; may hold a graph.
-        observed: Observed gradient g*, the same names.
-        scales: From :func:`layer_scales`; the papers have s_l = 1.
-        alpha: Weight of the L1 norm against a gradient of unit L2 norm.
-
-    Returns:
-        A scalar.
+        observed: The observed gradient g*.
+        balance: How far layers are rescaled (:func:`layer_scales`).
+        alpha: Weight of the relative L1 distance.
     """
-    differences = [scales[name] * (guess[name] - g) for name, g in observed.items()]
-    return torch.stack([d.square().sum() + alpha * d.abs().sum() for d in differences]).sum()
+
+    def __init__(self, observed: Mapping[str, Tensor], *, balance: float, alpha: float):
+        super().__init__(observed, balance=balance)
+        l1_norm = sum(target.abs().sum().item() for target in self.scaled_observed.values())
+        self.l1_weight = alpha / l1_norm if l1_norm else alpha
+
+    def __call__(self, guess: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of a guess g, which may hold a graph, from g*: a scalar, 1 + alpha at g = 0."""
+        parts = [d.square().sum() + self.l1_weight * d.abs().sum() for d in self.differences(guess)]
+        return torch.stack(parts).sum()

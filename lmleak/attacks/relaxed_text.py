@@ -4,7 +4,6 @@ Public, by the threat model: lengths and padding (the layout), and the special t
 every text. Free: one embedding per remaining token, in units of the prior, and for language models the targets.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch

@@ -1,0 +1,150 @@
+"""What every registered attack promises; an attack joins the suite by being registered."""
+
+import random
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import lmleak
+from lmleak.attacks import ATTACKS, make_attack, parse_attack
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
+from lmleak.types import Batch, Observation, Reconstruction, TextBatch
+from tests.families import FAMILIES, make
+
+QUICK = {"iterations": 6, "candidates": 2}  # where an attack has such options: the promises hold at any effort
+
+
+def quick(name: str):
+    valid = {f.name for f in fields(ATTACKS[name])}
+    return make_attack(name, **{k: v for k, v in QUICK.items() if k in valid})
+
+
+def family_for(name: str) -> str:
+    """A tiny model on which the attack can run."""
+    return "gpt2" if "causal-lm" in ATTACKS[name].tasks else "bert"
+
+
+@pytest.fixture(params=sorted(ATTACKS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def case(name):
+    adapter, batch = make(family_for(name), size=2, dtype=torch.float32)
+    return adapter, batch, lmleak.capture_gradient(adapter, batch)
+
+
+def test_names_agree_and_a_paper_is_cited(name):
+    attack = ATTACKS[name]
+    assert attack.name == name
+    assert "arXiv" in attack.paper
+    assert set(attack.tasks) <= {"sequence-classification", "causal-lm", "masked-lm", "image-classification"}
+
+
+def test_returns_a_well_formed_reconstruction(name, case):
+    adapter, batch, shared = case
+    recovered = quick(name).run(adapter, shared)
+    assert isinstance(recovered, Reconstruction)
+    assert recovered.attack == name
+    assert 0 < len(recovered.token_ids) <= batch.size
+    assert len(recovered.texts) == len(recovered.confidence) == len(recovered.token_ids)
+    for ids, confidence in zip(recovered.token_ids, recovered.confidence, strict=True):
+        assert len(ids) == len(confidence)
+        assert all(0 <= t < 60 for t in ids)
+        assert all(0 <= c <= 1 for c in confidence)
+    assert recovered.cost.seconds > 0
+    assert recovered.stopped
+
+
+def test_same_seed_same_answer_and_global_randomness_untouched(name, case):
+    adapter, _, shared = case
+    before = torch.get_rng_state(), random.getstate()
+    first, second = (quick(name).run(adapter, shared, seed=3) for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.confidence == second.confidence
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+def test_model_and_gradient_are_left_alone(name, case):
+    adapter, _, shared = case
+    weights = {k: p.clone() for k, p in adapter.model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules())
+    gradient = {k: g.clone() for k, g in shared.gradient.items()}
+    quick(name).run(adapter, shared)
+    for k, p in adapter.model.named_parameters():
+        assert torch.equal(p, weights[k])
+        assert p.grad is None
+        assert p.requires_grad
+    assert not adapter.model.training
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules())
+    assert all(torch.equal(shared.gradient[k], g) for k, g in gradient.items())
+
+
+def test_only_what_is_assumed_is_handed_over(name, case, monkeypatch):
+    adapter, _, shared = case
+    seen = []
+    monkeypatch.setattr(ATTACKS[name], "recover", lambda self, a, observation, *, seed: seen.append(observation))
+    quick(name).run(adapter, shared)
+    (observation,) = seen
+    assert type(observation) is Observation
+    assert (observation.layout is not None) == ATTACKS[name].needs_lengths
+    assert observation.labels is None or ATTACKS[name].needs_labels
+
+
+def test_no_field_of_an_observation_holds_the_truth():
+    assert not isinstance(Observation(gradient={}, task="causal-lm", batch_size=1), Batch | TextBatch)
+    assert {f.name for f in fields(Observation)} == {
+        "gradient", "task", "batch_size", "shared", "defenses", "layout", "labels",
+    }  # fmt: skip
+
+
+def test_refuses_what_it_assumes_and_is_not_told(name, case):
+    adapter, batch, _ = case
+    silent = lmleak.capture_gradient(adapter, batch, reveal_lengths=False, reveal_labels=False)
+    if ATTACKS[name].needs_lengths:
+        with pytest.raises(UnsupportedCombinationError, match="lengths are known"):
+            quick(name).run(adapter, silent)
+    else:
+        assert quick(name).run(adapter, silent).token_ids
+
+
+def test_refuses_a_task_it_does_not_work_on(name, case):
+    adapter, _, shared = case
+    adapter.task = "image-classification"
+    with pytest.raises(UnsupportedCombinationError, match="works on"):
+        quick(name).run(adapter, replace(shared, task="image-classification"))
+
+
+def test_refuses_the_gradient_of_another_model(name, case):
+    _, _, shared = case
+    other, _ = make("llama", size=1, dtype=torch.float32)
+    with pytest.raises(DataError, match="another model"):
+        quick(name).run(other, shared)
+    with pytest.raises(DataError, match="SharedGradient"):
+        quick(name).run(other, shared.gradient)
+
+
+def test_unknown_option_and_name_are_refused_with_a_suggestion(name):
+    option = next((f.name for f in fields(ATTACKS[name])), "beam")
+    with pytest.raises(ConfigError, match=rf"Did you mean '{option}'"):
+        make_attack(name, **{option[:-1] + "_": 1})
+    with pytest.raises(ConfigError, match="Did you mean"):
+        lmleak.run_attack(name + "x", None, None)
+    assert parse_attack(name) == ATTACKS[name]()
+
+
+def test_beats_guessing_on_an_easy_case(name):
+    adapter, batch = make(family_for(name), size=1, dtype=torch.float32)
+    recovered = make_attack(name).run(adapter, lmleak.capture_gradient(adapter, batch))
+    score = lmleak.score_text(recovered, batch)
+    assert score.token_recall >= 0.6  # chance is 6 of 60 tokens
+
+
+def test_every_listed_family_has_a_tiny_model():
+    from lmleak.adapters.families import FAMILIES as LISTED
+
+    tiny = {config().model_type for _, _, config in FAMILIES.values()}
+    assert set(LISTED) <= tiny
