@@ -39,6 +39,8 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))))
         return
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for shape in options.shapes:
         for tokens in options.tokens:
@@ -50,10 +52,8 @@ def main() -> None:
             if finished.returncode:
                 sys.exit(f"{shape}, {tokens} tokens failed with status {finished.returncode}")
             results.append(json.loads(finished.stdout.splitlines()[-1]))
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
     Console(width=150).print(table(results))
 
 

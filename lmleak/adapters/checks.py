@@ -46,10 +46,15 @@ def check_parity(adapter: "TextAdapter", batch: Batch) -> None:
         batch: Any batch.
 
     Raises:
-        UnsupportedModelError: If logits from embeddings differ from logits from ids.
+        UnsupportedModelError: If logits from embeddings differ from logits from ids, or do not fit the tokens.
     """
     with torch.no_grad():
         from_ids = adapter.logits_from_ids(batch)
+        if from_ids.dim() == 3 and from_ids.shape[1] != batch.layout["attention_mask"].shape[1]:
+            raise UnsupportedModelError(
+                f"{type(adapter.model).__name__} returns {from_ids.shape[1]} positions for "
+                f"{batch.layout['attention_mask'].shape[1]} tokens (prompt tuning?), so targets have no place"
+            )
         from_x = adapter.logits(adapter.input(batch), batch.layout)
     error = _relative_difference(from_ids, from_x, batch.layout["attention_mask"].bool())
     if math.isnan(error):

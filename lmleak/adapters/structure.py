@@ -87,16 +87,20 @@ def select_parameters(specification: str, adapter: "ModelAdapter") -> Selection:
 def find_blocks(model: nn.Module, num_layers: int | None) -> list[str]:
     """Return the module paths of the transformer blocks, in order.
 
-    They are the entries of the ModuleList of ``num_layers`` equal classes; without a number, of
-    the longest list of equal classes.
+    They are the entries of the ModuleList of ``num_layers`` equal classes, or else of any classes (hybrid models);
+    without such a list, of the longest one of equal classes (ALBERT shares one group among its layers).
     """
     lists = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-        and any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     }  # fmt: skip
-    fitting = {path: m for path, m in lists.items() if num_layers is None or len(m) == num_layers}
+    equal = {path: m for path, m in lists.items() if len({type(entry) for entry in m}) == 1}
+    fitting = (
+        {path: m for path, m in equal.items() if len(m) == num_layers}
+        or {path: m for path, m in lists.items() if len(m) == num_layers}
+        or equal
+    )
     if not fitting:
         return []
     # Lists inside a block (experts, for instance) have longer paths; the blocks are the outermost.

@@ -7,8 +7,7 @@ needs code of its own. Before first use the adapter checks that logits from x eq
 """
 
 import inspect
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter, Prior
 from lmleak.adapters.checks import check_padding, check_parity, refuse_undefined_input
+from lmleak.adapters.examples import example_list, pad, token_ids, truncate
 from lmleak.adapters.families import FAMILIES, POSITIONS_FROM_MASK
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import attention_inputs, find_blocks, position_padding, text_roles
@@ -62,6 +62,11 @@ class TextAdapter(ModelAdapter):
     def _replace_embeddings(self, module, arguments, looked_up: Tensor) -> Tensor | None:
         if self._x is None:
             return None
+        if looked_up.shape != self._x.shape:
+            raise DataError(
+                f"x is shaped {tuple(self._x.shape)}, but {type(self.model).__name__} embeds these tokens as "
+                f"{tuple(looked_up.shape)}: a wrong x, or a model that rearranges its input"
+            )
         # The difference is zero in value and carries the derivative of the looked-up rows.
         return self._x + (looked_up - looked_up.detach()) if self._through_lookup else self._x
 
@@ -178,28 +183,12 @@ class TextAdapter(ModelAdapter):
             seed: Chooses the masked positions of a masked LM.
 
         Returns:
-            The batch on the model's device. The first of its kind is refused as ``UnsupportedModelError`` or
-            ``UnsupportedCombinationError`` where the model is not a function of x, or not of x alone when padded.
-
-        Raises:
-            DataError: On empty or too long text, wrong labels, or ids outside the vocabulary.
+            The batch on the model's device. ``DataError`` on empty or too long text, wrong labels or ids outside the
+            vocabulary; ``UnsupportedModelError`` or ``UnsupportedCombinationError`` where the model is not a
+            function of x, or not of x alone when padded.
         """
-        if isinstance(examples, str | bytes) or not isinstance(examples, Iterable):
-            raise DataError(f"expected a list of texts, got one {type(examples).__name__}")
-        examples = list(examples)
-        if not examples:
-            raise DataError("expected a non-empty list of texts, got none")
-        if max_length is not None and max_length < 1:
-            raise DataError(f"max_length must be at least 1, got {max_length}")
-        if padding_side not in ("right", "left"):
-            raise DataError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
-        sequences = [self._token_ids(i, example, max_length) for i, example in enumerate(examples)]
-        length = max(map(len, sequences))
-        ids = torch.full((len(sequences), length), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            where = slice(0, len(sequence)) if padding_side == "right" else slice(length - len(sequence), length)
-            ids[row, where], mask[row, where] = torch.tensor(sequence), 1
+        sequences = [self._token_ids(i, example, max_length) for i, example in enumerate(example_list(examples))]
+        ids, mask = pad(sequences, self.pad_id, padding_side)
         ids, targets = self._targets(ids, mask, labels, seed)
         layout = {"attention_mask": mask.to(self.device)}
         if getattr(self.config, "type_vocab_size", 0) and self._accepts("token_type_ids"):
@@ -214,22 +203,7 @@ class TextAdapter(ModelAdapter):
         return batch
 
     def _token_ids(self, index: int, example, max_length: int | None) -> list[int]:
-        if isinstance(example, str):
-            if self.tokenizer is None:
-                raise DataError("this adapter has no tokenizer; pass tokenizer=, or token ids instead of texts")
-            if not example.strip():
-                raise DataError(f"text {index} is empty; there is nothing to protect or to recover in it")
-            sequence = list(self.tokenizer(example, add_special_tokens=True)["input_ids"])
-        else:
-            try:
-                sequence = [operator.index(t) for t in example]
-            except TypeError as error:
-                raise DataError(
-                    f"example {index} is neither a text nor a list of token ids: {example!r:.60}"
-                ) from error
-        if max_length is not None and len(sequence) > max_length:
-            closing = sequence[-1:] if sequence[-1] in self.special_ids() else []
-            sequence = sequence[: max_length - len(closing)] + closing
+        sequence = truncate(token_ids(index, example, self.tokenizer), max_length, self.special_ids())
         limit = self.max_positions()
         if limit is not None and len(sequence) > limit:
             raise DataError(
@@ -312,7 +286,7 @@ class TextAdapter(ModelAdapter):
     def max_positions(self) -> int | None:
         """Return how many tokens the model accepts, or None if it states no limit."""
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        if limit is None:
+        if limit is None or limit <= 0:  # XLNet says -1
             return None
         return limit - (0 if self.position_padding is None else self.position_padding + 1)
 

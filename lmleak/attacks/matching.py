@@ -41,6 +41,8 @@ DECAYS = {
 }
 GRADIENTS_PER_ITERATION = 3  # one gradient, and a backward through it
 IMPROVEMENT = 1e-3  # relative decrease of the objective that counts as one
+LARGEST_OPTION = 1e30  # beyond it, float32 overflows inside the optimiser
+UNMATCHED = 0.1  # an objective above this deserves a note
 BETAS = (0.9, 0.95)  # a short memory of squares: the landscape changes while the guess moves
 
 
@@ -81,11 +83,13 @@ class GradientMatching(Attack):
                 raise ConfigError(
                     f"attack {self.name!r}: {option} must be an integer of at least {least}, got {value!r}"
                 )
-        for option in ("learning_rate", "init_scale", "prior_pull", "balance", "loss_tolerance"):
-            value = getattr(self, option)
-            if not value >= 0 or math.isinf(value) or (option == "learning_rate" and value == 0):
+        largest = {"balance": 1.0}
+        for option in ("learning_rate", "init_scale", "prior_pull", "balance", "loss_tolerance", "alpha"):
+            value, most = getattr(self, option, 0.0), largest.get(option, LARGEST_OPTION)  # alpha is TAG's alone
+            if not 0 <= value <= most or (option == "learning_rate" and value == 0):
+                least = "above" if option == "learning_rate" else "of at least"
                 raise ConfigError(
-                    f"attack {self.name!r}: {option} must be a finite number of at least 0, got {value!r}"
+                    f"attack {self.name!r}: {option} must be a number {least} 0 and at most {most:g}, got {value!r}"
                 )
 
     def objective(self, observed: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -131,12 +135,14 @@ class GradientMatching(Attack):
         best = min(attempts, key=lambda attempt: attempt.objective)
         sequences, confidence = text.decode(best.guess)
         iterations = sum(attempt.iterations for attempt in attempts)
-        evaluations = GRADIENTS_PER_ITERATION * iterations + len(attempts) * (self.candidates if self.candidates > 1 else 0)
+        evaluations = GRADIENTS_PER_ITERATION * iterations + len(attempts) * (
+            self.candidates if self.candidates > 1 else 0
+        )
         return reconstruction(
             self.name, adapter, sequences, confidence,
             cost=AttackCost(time.perf_counter() - started, evaluations, iterations),
-            stopped=best.stopped, objective=best.objective, embeddings=text.embeddings(best.guess),
-            notes=problem.notes,
+            stopped=best.stopped, objective=best.objective if math.isfinite(best.objective) else None,
+            embeddings=text.embeddings(best.guess), notes=problem.notes(best.objective),
         )  # fmt: skip
 
 
@@ -159,12 +165,17 @@ class Matching:
         reference = text.table
         self.observed = {n: observation.gradient[n].to(reference.device, reference.dtype) for n in self.names}
         self.objective = options.objective(self.observed)
-        left_out = [n for n in observation.gradient if n not in self.names]
-        self.notes = (
-            (f"{left_out[0]} was not matched: its looked-up rows are a function of token ids, not of x",)
-            if left_out
-            else ()
-        )
+        self.left_out = [n for n in observation.gradient if n not in self.names]
+
+    def notes(self, objective: float) -> tuple[str, ...]:
+        """Return what the user should know about a result."""
+        notes = [f"{n} was not matched: its rows are read by token ids, not by x" for n in self.left_out]
+        if not objective < UNMATCHED:
+            notes.append(
+                f"the gradient was not matched (objective {objective:.2g}, zero gradient 1): either it is noisy, or "
+                "the descent is stuck and more iterations or restarts may recover more"
+            )
+        return tuple(notes)
 
     def distance(self, guess: Unknowns, *, create_graph: bool) -> Tensor:
         """Return the objective of a guess."""
@@ -202,7 +213,9 @@ class Matching:
             objective = self.distance(guess, create_graph=True)
             value = objective.item()
             if not math.isfinite(value):
-                return Descent(best, best_objective, iteration + 1, f"objective became {value} at iteration {iteration}")
+                return Descent(
+                    best, best_objective, iteration + 1, f"objective became {value} at iteration {iteration}"
+                )
             if value < best_objective:
                 best, best_objective = guess.detached(), value
             if value <= options.loss_tolerance:
@@ -210,7 +223,9 @@ class Matching:
             if value < reference * (1 - IMPROVEMENT):
                 reference, last_improved = value, iteration
             elif iteration - last_improved >= options.patience:
-                return Descent(best, best_objective, iteration + 1, f"no improvement for {options.patience} iterations")
+                return Descent(
+                    best, best_objective, iteration + 1, f"no improvement for {options.patience} iterations"
+                )
             gradients = torch.autograd.grad(objective, unknowns)
             for unknown, gradient in zip(unknowns, gradients, strict=True):
                 unknown.grad = gradient / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)

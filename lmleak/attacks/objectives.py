@@ -69,8 +69,8 @@ class SquaredL2:
 class SquaredL2PlusL1(SquaredL2):
     """``sum_l ||s_l (g_l - g*_l)||_2^2 + alpha sum_l ||s_l (g_l - g*_l)||_1 / sum_l ||s_l g*_l||_1``, of TAG.
 
-    Deng et al. 2021, arXiv:2103.06819, eq. 3, have ``||g - g*||_2 + alpha ||g - g*||_1`` with alpha falling with
-    depth. The comparison code of LAMP (Balunovic et al. 2022, arXiv:2202.08827) squares the L2 norm and keeps one
+    Deng et al. 2021, arXiv:2103.06819, have ``||g - g*||_2 + alpha ||g - g*||_1`` with alpha falling with depth.
+    The comparison code of LAMP (Balunovic et al. 2022, arXiv:2202.08827) squares the L2 norm and keeps one
     alpha = 0.01; so do we, except that both norms are relative.
 
     Args:

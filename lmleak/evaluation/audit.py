@@ -27,7 +27,8 @@ from lmleak.evaluation.run import process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.lookup import suggest
 
-NOT_PART_OF_RESULTS = ("output", "resume", "fail_above", "processes")
+NOT_PART_OF_RESULTS = ("output", "resume", "fail_above", "processes", "threads")
+SMALL_MODEL = 5_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class AuditConfig:
     """Column that holds the class, for a classifier."""
     split: str | None = None
     """Split of a datasets id."""
-    samples: int = 8
+    samples: int = 4
     """Number of gradients to audit; each takes the next batch_size texts."""
     batch_size: int = 1
     """Texts per gradient."""
@@ -64,26 +65,26 @@ class AuditConfig:
     """Parameters whose gradient is shared: all, no-word-embeddings, embeddings, block:0-3, head, lora or a regex."""
     defenses: list[str] = field(default_factory=lambda: ["none"])
     """Defenses in use or considered, e.g. none "clip(max_norm=1)+gaussian(std=0.01)" "prune(ratio=0.9)"."""
-    noise_levels: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0, 100.0])
+    noise_levels: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 3.0, 10.0, 100.0])
     """Sweep of Gaussian noise, in multiples of the gradient's root mean square."""
-    attacks: list[str] = field(default_factory=lambda: ["span", "tag"])
+    attacks: list[str] = field(default_factory=lambda: ["span", "tag(iterations=120)"])
     """Attacks to run, with options if wanted: span "tag(iterations=500)"."""
     damping: float | None = None
     """Damping of the influence function; if not given, that of the attacker who knows noise and prior."""
     tolerance: float = 1e-3
     """Relative residual of the solver."""
-    max_products: int = 300
+    max_products: int = 200
     """Most operator products per solve; an unconverged number is marked as a lower bound."""
-    probes: int = 4
+    probes: int = 2
     """Random probes for averages over the noise; 0 leaves them out."""
-    probe_steps: int = 40
+    probe_steps: int = 120
     """Products per probe."""
     seed: int = 0
     """Seed of noise, probes and attacks."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int | None = None
-    """CPU threads per process; torch's choice if not given."""
+    """CPU threads per process; if not given, one for small models, where more only cost, else torch's choice."""
     output: str = "lmleak-report"
     """Folder for results.jsonl, summary.json, config.yaml, figures and report.html."""
     resume: bool = True
@@ -147,10 +148,11 @@ def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult
         The rows and how they were made, on every process.
     """
     start = time.perf_counter()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     state = process_state(config.processes)
     adapter = load_text_adapter(config, state)
+    parameters = sum(p.numel() for p in adapter.parameters().values())
+    if config.threads or parameters < SMALL_MODEL:
+        torch.set_num_threads(config.threads or 1)
     items, origin = make_items(config, adapter)
     evaluator = ExampleEvaluator(adapter, example_settings(config))
     for number, (texts, labels) in enumerate(items):  # refuse bad input now, not in the middle of the run

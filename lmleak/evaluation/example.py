@@ -208,8 +208,8 @@ def _risk(response: PerturbationResponse, noise_std: float, damping: float, *, s
     solver = response.solver
     result = response.influence(damping, scale=scale)
     predicted = response.predicted_error(noise_std, scale=scale) if noise_std > 0 else None
-    # A clean gradient has no noise to set the scale; what float32 resolves does.
-    share_damping = solver.map_damping(noise_std) if noise_std > 0 else damping
+    # Below the default damping nothing is resolved, and a share read there would be too small.
+    share_damping = max(solver.map_damping(noise_std), damping)
     mask = solver.jacobian.free[..., 0]
     return {
         "lower_bound_l2": result.lower_bound.l2,
@@ -224,23 +224,22 @@ def _risk(response: PerturbationResponse, noise_std: float, damping: float, *, s
         "lambda_max": result.lambda_max,
         "lambda_max_residual": result.lambda_max_residual,
         "products": result.products,
-        "predicted_rms": predicted.error.rms if predicted else 0.0,
-        "predicted_converged": predicted.converged if predicted else True,
-        "map_damping": share_damping,
+        "predicted_rms": predicted.error.rms if predicted and predicted.converged else None,
+        "null_share_damping": share_damping,
         "null_share": solver.undetermined_share(share_damping),
         "token_influence": [list(row) for row in influence_by_token(result, mask)],
     }
 
 
 def _average(average: ExpectedInfluence | None) -> dict:
-    """Return the averages over the noise as a row holds them; None where there are none."""
+    """Return the averages over the noise as a row holds them; None where there are none, or none that converged."""
+    response = average if average and average.response_converged else None
+    bayes = average if average and average.bayes_converged else None
     return {
-        "expected_rms": average and average.response.rms,
-        "expected_std_error": average and average.response_std_error,
-        "expected_converged": average and average.response_converged,
-        "bayes_rms": average and average.bayes.rms,
-        "bayes_std_error": average and average.bayes_std_error,
-        "bayes_converged": average and average.bayes_converged,
-        "effective_rank": average and average.effective_rank,
-        "information_nats": average and average.information,
+        "expected_rms": response and response.response.rms,
+        "expected_std_error": response and response.response_std_error,
+        "bayes_rms": bayes and bayes.bayes.rms,
+        "bayes_std_error": bayes and bayes.bayes_std_error,
+        "effective_rank": bayes and bayes.effective_rank,
+        "information_nats": bayes and bayes.information,
     }

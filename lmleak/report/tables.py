@@ -271,6 +271,40 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def correlation_table(rows: Sequence[Row], meta: Mapping[str, Any]) -> Table:
+    """Build the table of a study: rank correlation of each prediction with each score of each attack.
+
+    Args:
+        rows: Result rows.
+        meta: Description of the run; its seed is the bootstrap's.
+
+    Returns:
+        A rich table: value and 95 % bootstrap interval over examples.
+    """
+    found = correlations(rows, int(meta.get("seed") or 0))
+    predictors = list(dict.fromkeys((c["predictor"], c["scope"]) for c in found))
+    table = Table(title="Spearman rank correlation over noise levels and examples, 95 % interval")
+    for column in ("attack", "score"):
+        table.add_column(column)
+    for predictor, scope in predictors:
+        table.add_column(predictor.removesuffix("_rms") + ("" if scope == "all" else f", {scope}"), justify="right")
+    for attack, metric in dict.fromkeys((c["attack"], c["metric"]) for c in found):
+        by_predictor = {
+            (c["predictor"], c["scope"]): c for c in found if c["attack"] == attack and c["metric"] == metric
+        }
+        cells = [_correlation_cell(by_predictor.get(predictor)) for predictor in predictors]
+        table.add_row(Text(attack), METRICS[metric].label, *cells)
+    return table
+
+
+def _correlation_cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "–"
+    if entry["low"] is None:
+        return f"{entry['value']:+.2f}"
+    return f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
+
+
 def prediction_cell(entry: Mapping[str, Any], field: str) -> str:
     """Return a defense's median of a prediction, marked where an iteration behind it stopped short of convergence.
 

@@ -88,6 +88,15 @@ def test_a_trained_copy_of_the_table_is_the_table(plain_gradient, largest_differ
     assert largest_difference(capture_gradient(adapter, batch, shared="all").gradient, expected) < 1e-10
 
 
+def test_prompt_tuning_is_refused():
+    """Its virtual tokens shift the logits against the targets."""
+    with torch.random.fork_rng():
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(build("gpt2")[1], config).double()
+    with pytest.raises(UnsupportedModelError, match="returns 9 positions for 6 tokens"):
+        adapt(model).batch(SEQUENCES)
+
+
 def test_a_model_without_lora_has_none_to_share():
     adapter = adapt(build("gpt2")[1])
     with pytest.raises(ConfigError, match="selects none"):

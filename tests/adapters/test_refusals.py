@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from lmleak.adapters import TextAdapter, VisionAdapter, adapt
-from lmleak.errors import ConfigError, UnsupportedCombinationError, UnsupportedModelError
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError, UnsupportedModelError
 from tests.families import BERT, GPT2, SEQUENCES, build
 
 
@@ -135,6 +135,18 @@ def test_an_encoder_decoder_is_refused():
         model = tf.BartForSequenceClassification(config)
     with pytest.raises(UnsupportedModelError, match="encoder and in its decoder"):
         adapt(model)
+
+
+def test_a_model_that_rearranges_its_tokens_is_refused():
+    """XLNet embeds (T, B, D)."""
+    with torch.random.fork_rng():
+        model = tf.XLNetForSequenceClassification(
+            tf.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=3)
+        )
+    adapter = adapt(model)
+    assert adapter.max_positions() is None  # its configuration says -1
+    with pytest.raises(DataError, match="rearranges its input"):
+        adapter.batch(SEQUENCES, [0, 1, 2])
 
 
 class UsesIdsTwice(tf.GPT2LMHeadModel):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import transformers as tf
 
 from lmleak.adapters import adapt
 from lmleak.errors import ConfigError
 from lmleak.gradients import capture_gradient
-from tests.families import LABELS, SEQUENCES, build, make
+from tests.families import ENCODER, LABELS, SEQUENCES, build, make
 
 GPT2_BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
 
@@ -98,6 +99,18 @@ def test_a_selection_of_nothing_is_refused(shared, message):
     adapter, _ = make("bert")
     with pytest.raises(ConfigError, match=message):
         adapter.select(shared)
+
+
+def test_blocks_are_found_where_layers_share_or_differ():
+    """ALBERT runs one group of weights twice; a hybrid model's layers are of several classes."""
+    with torch.random.fork_rng():
+        albert = tf.AlbertForSequenceClassification(tf.AlbertConfig(**ENCODER, embedding_size=8, num_labels=3))
+    roles = adapt(albert).roles()
+    assert list(roles) == ["embeddings", "block 0", "head"]
+    assert all("classifier" in n or "pooler" in n for n in roles["head"])
+    _, hybrid = build("gpt2")
+    hybrid.transformer.h[1].__class__ = type("OtherBlock", (type(hybrid.transformer.h[1]),), {})
+    assert adapt(hybrid, task="causal-lm").blocks == ["transformer.h.0", "transformer.h.1"]
 
 
 def test_frozen_parameters_are_never_shared():

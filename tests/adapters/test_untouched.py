@@ -67,8 +67,10 @@ def test_the_model_is_untouched_after_an_exception(name):
     good = adapter.logits(adapter.input(batch), batch.layout)
     with pytest.raises(DataError):
         adapter.batch([[7, 10**6]], [0] if task == "sequence-classification" else None)
-    with pytest.raises((RuntimeError, IndexError, ValueError)):
-        adapter.logits(adapter.input(batch)[:, :, :3], batch.layout)  # fails deep inside the model
+    with pytest.raises(DataError, match="x is shaped"):
+        adapter.logits(adapter.input(batch)[:, :, :3], batch.layout)
+    with pytest.raises((RuntimeError, IndexError, ValueError)):  # deep inside the model
+        adapter.logits(adapter.input(batch), {"attention_mask": batch.layout["attention_mask"].repeat(1, 9)})
     with pytest.raises((RuntimeError, IndexError, ValueError)):
         adapter.loss(adapter.input(batch), batch.targets + 10**6, batch.layout)
     assert photograph(model) == before
