@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
         result = run_audit(config, command=shlex.join(["influence_vs_attack.py", *argv]))
         if process_state().is_main_process:
             page = write_report(result.rows, result.meta, result.folder)
-            Console().print(correlation_table(result.rows, result.meta))
+            width = None if sys.stdout.isatty() else 200  # in a log, one line per row
+            Console(width=width).print(correlation_table(result.rows, result.meta))
             print(f"report: {page}")
     except LmleakError as error:
         print(f"refused: {error}", file=sys.stderr)

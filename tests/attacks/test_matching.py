@@ -303,7 +303,7 @@ def test_runs_on_a_defended_gradient_and_says_when_it_did_not_match(spec):
 
 
 @pytest.mark.parametrize(
-    "option", [{"iterations": 0}, {"restarts": 1.5}, {"candidates": True}, {"learning_rate": 0}, {"balance": -1}, {"balance": 2},
+    "option", [{"iterations": 0}, {"restarts": 1.5}, {"candidates": True}, {"learning_rate": 0}, {"balance": 2},
                {"init_scale": float("nan")}, {"loss_tolerance": float("inf")}, {"decay": "cosin"}],
     ids=lambda option: next(iter(option)),
 )  # fmt: skip

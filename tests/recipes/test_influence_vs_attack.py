@@ -70,7 +70,8 @@ def test_one_process_writes_everything(one_process):
     assert len(rows(folder)) == 4 * 3
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())["correlations"]
-    assert "tag(iterations=8)" in finished.stdout
+    assert "Spearman rank correlation" in finished.stdout
+    assert "report:" in finished.stdout
 
 
 @pytest.mark.slow
