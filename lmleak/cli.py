@@ -93,7 +93,9 @@ def report(argv: Sequence[str]) -> int:
     try:
         rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
         meta = json.loads(summary.read_text(encoding="utf-8"))["meta"]
-    except (json.JSONDecodeError, KeyError) as error:
+        if not rows or not all({"key", "example", "defense", "attacks", "texts"} <= row.keys() for row in rows):
+            raise ValueError("rows are missing, or not rows of an audit")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder} holds damaged results: {error}") from error
     page = write_report(rows, meta, folder)
     Console().print(console_table(rows, meta))

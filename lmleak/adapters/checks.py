@@ -38,6 +38,23 @@ def refuse_undefined_input(model: nn.Module) -> None:
         )
 
 
+def refuse_other_losses(model: nn.Module) -> None:
+    """Refuse a classifier that is not trained with the cross-entropy over exclusive classes.
+
+    Args:
+        model: A sequence classifier.
+
+    Raises:
+        UnsupportedModelError: If its configuration names another loss, or has one class only.
+    """
+    problem, classes = getattr(model.config, "problem_type", None), model.config.num_labels
+    if problem not in (None, "single_label_classification") or classes < 2:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has problem_type={problem!r} and {classes} class(es), so it is trained with "
+            "another loss than the cross-entropy over exclusive classes, and every number would be wrong"
+        )
+
+
 def check_parity(adapter: "TextAdapter", batch: Batch) -> None:
     """Refuse a model in which the token ids act other than through the embedding table.
 

@@ -84,8 +84,10 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
         UnsupportedModelError: If the model cannot be audited, or its task cannot be told.
     """
     refuse_unfit(model)
-    if task is None:
-        task = _task_of_class([base.__name__ for base in type(_innermost(model)).__mro__])
+    own_task = _task_of_class([base.__name__ for base in type(_innermost(model)).__mro__])
+    if task in TEXT_TASKS and own_task is not None and task != own_task:
+        raise ConfigError(f"{type(model).__name__} has the head of task {own_task!r}, not of {task!r}; drop task=")
+    task = task or own_task
     if task is None:
         if hasattr(model, "get_input_embeddings"):
             raise UnsupportedModelError(

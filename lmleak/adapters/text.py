@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter, Prior
-from lmleak.adapters.checks import check_padding, check_parity, refuse_undefined_input
+from lmleak.adapters.checks import check_padding, check_parity, refuse_other_losses, refuse_undefined_input
 from lmleak.adapters.examples import example_list, pad, token_ids, truncate
 from lmleak.adapters.families import FAMILIES, POSITIONS_FROM_MASK
 from lmleak.adapters.precision import KeepDouble
@@ -38,6 +38,8 @@ class TextAdapter(ModelAdapter):
     def __init__(self, model: nn.Module, tokenizer=None, *, task: str, name: str = ""):
         super().__init__(model, task=task, name=name or getattr(model, "name_or_path", "") or type(model).__name__)
         refuse_undefined_input(self.model)
+        if task == "sequence-classification":
+            refuse_other_losses(self.model)
         if hasattr(self.model, "set_attn_implementation"):
             # Fused attention kernels have neither a double backward nor forward derivatives.
             self.model.set_attn_implementation("eager")

@@ -28,6 +28,8 @@ def make_attack(name: str, **options) -> Attack:
     Raises:
         ConfigError: On an unknown attack or option.
     """
+    if "(" in name:
+        raise ConfigError(f"options are keywords here: run_attack({name.partition('(')[0]!r}, ..., option=value)")
     attack_class = lookup("attack", name, ATTACKS)
     valid = [f.name for f in fields(attack_class)]
     for option in options:

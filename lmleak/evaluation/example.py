@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmleak.adapters.text import TextAdapter
 from lmleak.attacks import Attack
-from lmleak.defenses import Defense, GaussianNoise, derived_seed
+from lmleak.defenses import Defense, GaussianNoise, LaplaceNoise, derived_seed
 from lmleak.errors import UnsupportedCombinationError
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import (
@@ -25,6 +25,8 @@ from lmleak.influence import (
 from lmleak.metrics import score_text
 from lmleak.types import TextBatch
 
+ATTACK_STREAM, MASK_STREAM = 1, 2  # random streams of one example that must not be computable from one another
+
 
 @dataclass(frozen=True)
 class Release:
@@ -35,6 +37,8 @@ class Release:
     shared: SharedGradient
     perturbation: Mapping[str, Tensor]
     """delta = released - true."""
+    additive: bool
+    """Whether the server receives the true gradient plus independent noise, which is what MAP predictions assume."""
     sweep: bool
     """Whether it belongs to the noise sweep, or is a defense the owner asked for."""
     noise_rms: float | None = None
@@ -61,7 +65,7 @@ class ExampleSettings:
     attacks: tuple[tuple[str, Attack], ...]
     """(name in the results, attack)."""
     damping: float | None
-    """Fixed damping; None is the MAP attacker's."""
+    """Fixed damping; None is ``solver.RELATIVE_DAMPING`` times the largest eigenvalue."""
     tolerance: float
     max_products: int
     probes: int
@@ -94,7 +98,11 @@ class ExampleEvaluator:
         s = self.settings
         seed = derived_seed(s.seed, index)
         batch = self.adapter.batch(
-            texts, labels, max_length=s.max_length, padding_side=s.padding_side, seed=seed % 2**31
+            texts,
+            labels,
+            max_length=s.max_length,
+            padding_side=s.padding_side,
+            seed=derived_seed(seed, MASK_STREAM) % 2**31,
         )
         start = time.perf_counter()
         true = capture_gradient(self.adapter, batch, shared=s.shared)
@@ -131,12 +139,13 @@ class ExampleEvaluator:
         releases = []
         for name, defense in self.settings.defenses:
             released = defense.with_seed(seed).release(true)
-            releases.append(Release(name, released.shared, released.perturbation, sweep=False))
+            additive = isinstance(defense, GaussianNoise | LaplaceNoise)
+            releases.append(Release(name, released.shared, released.perturbation, additive, sweep=False))
         for level in self.settings.noise_levels:
             std = level * true.rms
             released = GaussianNoise(std=std, seed=seed).release(true)
             name = f"gaussian(std={level:g}, unit=rms)"
-            releases.append(Release(name, released.shared, released.perturbation, True, level, std))
+            releases.append(Release(name, released.shared, released.perturbation, True, True, level, std))
         return releases
 
     def _influences(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
@@ -147,12 +156,12 @@ class ExampleEvaluator:
         numbers = []
         for release in releases:
             if release.sweep:
-                numbers.append(_risk(noise, release.noise_std, damping, scale=release.noise_std))
+                numbers.append(_risk(noise, release, damping, scale=release.noise_std))
                 continue
             own = solver
             if release.shared.gradient.keys() != solver.jacobian.parameter_shapes.keys():  # some were withheld
                 own = self._solver(solver.jacobian.restrict(release.shared.gradient), solver.seed)
-            numbers.append(_risk(own.respond(release.perturbation, [damping]), release.rms, damping))
+            numbers.append(_risk(own.respond(release.perturbation, [damping]), release, damping))
         return numbers
 
     def _averages(self, solver: InfluenceSolver, releases: list[Release]) -> list[dict]:
@@ -167,7 +176,9 @@ class ExampleEvaluator:
         return [_average(next(averages) if r.sweep else None) for r in releases]
 
     def _row(self, batch: TextBatch, release: Release, seed: int) -> dict:
-        attacks = {name: self._attack(attack, release.shared, batch, seed) for name, attack in self.settings.attacks}
+        # Hashed: from its own seed no attack can compute the seed of the noise it is up against.
+        own = derived_seed(seed, ATTACK_STREAM)
+        attacks = {name: self._attack(attack, release.shared, batch, own) for name, attack in self.settings.attacks}
         return {
             "defense": release.name,
             "sweep": release.sweep,
@@ -203,11 +214,12 @@ class ExampleEvaluator:
         return [self.adapter.token_strings(row[m].tolist()) for row, m in zip(ids, mask, strict=True)]
 
 
-def _risk(response: PerturbationResponse, noise_std: float, damping: float, *, scale: float = 1.0) -> dict:
+def _risk(response: PerturbationResponse, release: Release, damping: float, *, scale: float = 1.0) -> dict:
     """Return the risk numbers of one release as a row holds them."""
     solver = response.solver
     result = response.influence(damping, scale=scale)
-    predicted = response.predicted_error(noise_std, scale=scale) if noise_std > 0 else None
+    noise_std = release.noise_std or release.rms
+    predicted = response.predicted_error(noise_std, scale=scale) if release.additive and noise_std > 0 else None
     # Below the default damping nothing is resolved, and a share read there would be too small.
     share_damping = max(solver.map_damping(noise_std), damping)
     mask = solver.jacobian.free[..., 0]

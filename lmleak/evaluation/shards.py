@@ -21,11 +21,14 @@ class ResultFolder:
     Args:
         path: The folder; created if absent.
         config: The settings that decide the results. A folder that holds results of other settings is refused.
+        identity: What the settings name but do not fix (weights, texts, version), as digests; likewise.
         resume: Whether finished items of an earlier, identical run are kept; otherwise they are refused too.
     """
 
-    def __init__(self, path: str | os.PathLike, config: dict, *, resume: bool = True):
-        self.path, self.config, self.resume = Path(path), config, resume
+    def __init__(
+        self, path: str | os.PathLike, config: dict, *, identity: dict[str, str] | None = None, resume: bool = True
+    ):
+        self.path, self.config, self.identity, self.resume = Path(path), config, identity or {}, resume
         self.shards = self.path / "shards"
 
     def open(self) -> None:
@@ -34,11 +37,11 @@ class ResultFolder:
         Raises:
             ConfigError: If the folder holds results of a different configuration, or anything that is not ours.
         """
-        saved = self.path / "config.yaml"
+        saved, identified = self.path / "config.yaml", self.path / "identity.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; output= must name a folder")
         if saved.exists():
-            difference = _difference(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, self.config)
+            difference = _difference(_read(saved), self.config) or _difference(_read(identified), self.identity)
             if difference:
                 raise ConfigError(
                     f"{self.path} holds results of a different configuration ({difference}); "
@@ -50,9 +53,13 @@ class ResultFolder:
                 )
         elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no lmleak results; choose another output=")
-        self.shards.mkdir(parents=True, exist_ok=True)
+        try:
+            self.shards.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot create the output folder {self.path}: {error.strerror or error}") from error
         for shard in self.shards.glob("rank-*.jsonl"):
             _drop_torn_line(shard)
+        write_atomically(identified, yaml.safe_dump(self.identity, sort_keys=False))
         write_atomically(saved, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
     def finished(self) -> dict[int, list[dict]]:
@@ -62,8 +69,10 @@ class ResultFolder:
             for number, line in enumerate(shard.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     entry = json.loads(line)
+                    if not all(isinstance(row, dict) and "key" in row for row in entry["rows"]):
+                        raise ValueError("its rows have no key")
                     done.setdefault(int(entry["item"]), entry["rows"])
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{shard}, line {number} is damaged ({error}); delete that line to redo it"
                     ) from error
@@ -119,6 +128,17 @@ def _drop_torn_line(shard: Path) -> None:
     if whole != content:
         with open(shard, "r+b") as file:
             file.truncate(len(whole))
+
+
+def _read(path: Path) -> dict:
+    """Return the settings that a file of the folder holds."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is missing or damaged; choose another output= or delete that folder") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is damaged: it holds no settings; choose another output= or delete that folder")
+    return settings
 
 
 def _difference(old: dict, new: dict) -> str:

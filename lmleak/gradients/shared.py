@@ -180,6 +180,18 @@ class SharedGradient:
                 f"the gradient names {len(unknown)} parameter(s) that the model lacks, first {unknown[0]!r}; "
                 f"was it captured from another model ({self.model!r})?"
             )
+        expected = set(adapter.select(self.shared).names)
+        withheld = any(defense.startswith("hide-layers") for defense in self.defenses)
+        if extra := set(self.gradient) - expected:
+            raise DataError(
+                f"the gradient names {min(extra)!r}, which shared={self.shared!r} leaves out of this model; "
+                f"was it captured from another model ({self.model!r})?"
+            )
+        if (missing := expected - set(self.gradient)) and not withheld:
+            raise DataError(
+                f"the gradient lacks {len(missing)} parameter(s) of shared={self.shared!r}, first {min(missing)!r}; "
+                f"was it captured from another model ({self.model!r}), or should its header name hide-layers?"
+            )
         for name, tensor in self.gradient.items():
             if tuple(tensor.shape) != shapes[name]:
                 raise DataError(

@@ -148,7 +148,8 @@ def best_prediction(entry: Mapping[str, Any]) -> float | None:
 
 
 def _best_field(entry: Mapping[str, Any]) -> str | None:
-    return next((field for field in ("predicted_rms", "bayes_rms", "influence_rms") if entry[field]), None)
+    # I2F is no such prediction: it assumes an attacker who takes what was released for the clean gradient.
+    return next((field for field in ("predicted_rms", "bayes_rms") if entry[field]), None)
 
 
 def _at_least(entry: Mapping[str, Any]) -> str:
@@ -162,7 +163,10 @@ def _predicted(entry: Mapping[str, Any]) -> str:
     error = best_prediction(entry)
     if error is None:
         return ""
-    return f"The best attacker is predicted to miss by {_at_least(entry)}{compact(error)} (RMS per coordinate)."
+    return (
+        "An attacker who knows the noise and the inputs' spread is predicted to miss by "
+        f"{_at_least(entry)}{compact(error)} (RMS per coordinate)."
+    )
 
 
 def _caution(entry: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -171,7 +175,7 @@ def _caution(entry: Mapping[str, Any], rows: Sequence[Row]) -> str:
     if entry["undefended"] or error is None or not spreads or error >= CLEARLY_LESS * min(spreads):
         return "That is no proof of safety: a stronger attacker may recover more."
     return (
-        "A stronger attacker may recover more: the best one is predicted to miss by "
+        "A stronger attacker may recover more: one who knows the noise and the inputs' spread is predicted to miss by "
         f"{_at_least(entry)}{compact(error)} per coordinate, {_at_least(entry)}{percent(error / min(spreads))} "
         "of the inputs' spread."
     )

@@ -232,3 +232,18 @@ def test_settings_of_the_configuration_do_not_reach_the_derivatives():
         adapter.logits(adapter.input(batch), batch.layout), reference.logits(adapter.input(batch), batch.layout)
     )
     assert model.config.return_dict is False
+
+
+@pytest.mark.parametrize("change", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression"}])
+def test_classifier_with_another_loss(change):
+    task, model = build("bert")
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    with pytest.raises(UnsupportedModelError, match="exclusive classes"):
+        adapt(model, task=task)
+
+
+def test_task_that_the_head_is_not_for():
+    _, model = build("gpt2")
+    with pytest.raises(ConfigError, match="head of task 'causal-lm'"):
+        adapt(model, task="sequence-classification")

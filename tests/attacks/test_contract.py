@@ -143,6 +143,33 @@ def test_beats_guessing_on_an_easy_case(name):
     assert score.token_recall >= 0.6  # chance is 6 of 60 tokens
 
 
+def test_audited_attack_cannot_compute_the_noise_it_is_up_against(monkeypatch):
+    from lmleak.defenses import unit_noise
+    from lmleak.evaluation import AuditConfig
+    from lmleak.evaluation.audit import example_settings
+    from lmleak.evaluation.example import ExampleEvaluator
+
+    adapter = lmleak.load_adapter("reference-gpt2")
+    seen = []
+
+    def spy(self, adapter, observation, *, seed):
+        seen.append((observation, seed))
+        return make_attack("dlg", **QUICK).recover(adapter, observation, seed=seed)
+
+    monkeypatch.setattr(ATTACKS["tag"], "recover", spy)
+    config = AuditConfig(attacks=["tag"], noise_levels=[1.0], defenses=["laplace(std=1, unit=rms)"], probes=0)
+    settings = replace(example_settings(config), max_products=5)
+    texts = ["my blood test came back positive"]
+    (laplace, gaussian) = ExampleEvaluator(adapter, settings).rows(0, texts, None)
+    clean = lmleak.capture_gradient(adapter, adapter.batch(texts)).gradient
+    name = "transformer.h.0.mlp.c_fc.weight"
+    for row, distribution, (observation, seed) in zip((laplace, gaussian), ("laplace", "gaussian"), seen, strict=True):
+        noise = (observation.gradient[name] - clean[name]) / row["perturbation_rms"]
+        guess = unit_noise(name, noise.shape, noise.dtype, seed, distribution)
+        assert noise.std() == pytest.approx(1, rel=0.05)
+        assert abs((guess * noise).mean()) < 0.05  # the seed it was given makes other noise
+
+
 def test_every_listed_family_has_a_tiny_model():
     from lmleak.adapters.families import FAMILIES as LISTED
 

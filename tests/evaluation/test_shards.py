@@ -14,36 +14,40 @@ def folder(path, **config):
     return result
 
 
+def row(value):
+    return {"key": str(value), "v": value}
+
+
 def test_rows_come_back_in_item_order_whoever_wrote_them(tmp_path):
     run = folder(tmp_path / "out")
-    run.append(1, 2, [{"v": 2}])
-    run.append(0, 0, [{"v": 0}, {"v": 0.5}])
-    run.append(1, 1, [{"v": 1}])
-    assert [row["v"] for row in run.merge(range(3))] == [0, 0.5, 1, 2]
+    run.append(1, 2, [row(2)])
+    run.append(0, 0, [row(0), row(0.5)])
+    run.append(1, 1, [row(1)])
+    assert [r["v"] for r in run.merge(range(3))] == [0, 0.5, 1, 2]
     assert [json.loads(x)["v"] for x in (tmp_path / "out/results.jsonl").read_text().splitlines()] == [0, 0.5, 1, 2]
 
 
 def test_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
     run = folder(tmp_path / "out")
-    run.append(0, 0, [{"v": 0}])
+    run.append(0, 0, [row(0)])
     with open(tmp_path / "out/shards/rank-0.jsonl", "a") as file:
         file.write('{"item": 1, "rows": [{"v"')
     again = folder(tmp_path / "out")
     assert list(again.finished()) == [0]
-    again.append(0, 1, [{"v": 1}])
-    assert [row["v"] for row in again.merge(range(2))] == [0, 1]
+    again.append(0, 1, [row(1)])
+    assert [r["v"] for r in again.merge(range(2))] == [0, 1]
 
 
 def test_item_written_twice_counts_once(tmp_path):
     run = folder(tmp_path / "out")
-    run.append(0, 0, [{"v": "first"}])
-    run.append(1, 0, [{"v": "second"}])
-    assert [row["v"] for row in run.merge(range(1))] == ["first"]
+    run.append(0, 0, [row("first")])
+    run.append(1, 0, [row("second")])
+    assert [r["v"] for r in run.merge(range(1))] == ["first"]
 
 
 def test_missing_item_leaves_no_results_file(tmp_path):
     run = folder(tmp_path / "out")
-    run.append(0, 0, [{"v": 0}])
+    run.append(0, 0, [row(0)])
     with pytest.raises(DataError, match="1 item"):
         run.merge(range(2))
     assert not (tmp_path / "out/results.jsonl").exists()
@@ -82,7 +86,7 @@ def test_damaged_middle_line_is_named(tmp_path):
 def test_nan_never_reaches_the_disk(tmp_path):
     run = folder(tmp_path / "out")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        run.append(0, 0, [{"v": float("nan")}])
+        run.append(0, 0, [row(float("nan"))])
     assert run.finished() == {}
 
 
@@ -94,3 +98,31 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_other_weights_or_texts_under_the_same_settings_are_refused(tmp_path):
+    ResultFolder(tmp_path / "out", {"seed": 0}, identity={"texts": "abc"}).open()
+    with pytest.raises(ConfigError, match="texts: 'abc' there, 'abd' now"):
+        ResultFolder(tmp_path / "out", {"seed": 0}, identity={"texts": "abd"}).open()
+
+
+@pytest.mark.parametrize("damage", ["garbage: [", "- a", "\x00"])
+@pytest.mark.parametrize("name", ["config.yaml", "identity.yaml"])
+def test_damaged_settings_are_refused(tmp_path, name, damage):
+    folder(tmp_path / "out")
+    (tmp_path / "out" / name).write_text(damage)
+    with pytest.raises(DataError, match="damaged"):
+        folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("rows", ["7", "[{}]", "[3]", "null"])
+def test_damaged_rows_are_refused(tmp_path, rows):
+    run = folder(tmp_path / "out")
+    (tmp_path / "out/shards/rank-0.jsonl").write_text(f'{{"item": 0, "rows": {rows}}}\n')
+    with pytest.raises(DataError, match="line 1 is damaged"):
+        run.finished()
+
+
+def test_folder_that_cannot_be_made_is_refused():
+    with pytest.raises(ConfigError, match="cannot create"):
+        folder("/proc/lmleak/out")

@@ -295,3 +295,15 @@ def test_units():
     shared = SharedGradient({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0], [0.0]])}, "causal-lm", 2)
     assert shared.num_coordinates == 4
     assert shared.rms == pytest.approx(2.5)
+
+
+def test_gradient_of_a_model_tied_otherwise_is_refused():
+    tied, batch = make("gpt2")
+    untied, other = make("gpt2-untied")
+    with pytest.raises(DataError, match="leaves out of this model"):
+        capture_gradient(tied, batch).check(untied)
+    whole = capture_gradient(untied, other)
+    whole.check(untied)
+    incomplete = whole.released(dict(list(whole.gradient.items())[1:]), "none")
+    with pytest.raises(DataError, match=r"lacks 1 parameter\(s\)"):
+        incomplete.check(untied)
