@@ -22,7 +22,7 @@ def table_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 
 def _predicted_table(defenses: Sequence[Mapping[str, Any]]) -> str:
-    columns = {"perturbation_rms": "perturbation"} | PREDICTORS | {"bayes_rms": "best attacker, on average"}
+    columns = {"perturbation_rms": "perturbation"} | PREDICTORS | {"bayes_rms": "Gaussian-prior attacker, on average"}
     columns = {field: title for field, title in columns.items() if any(entry[field] for entry in defenses)}
     early = any(entry["unconverged"]["influence_rms"] for entry in defenses)
     head = "".join(f"<th>{title}</th>" for title in [*columns.values(), *["I2F unconverged"] * early])

@@ -21,9 +21,9 @@ from lmleak.report.rows import (
 PREDICTED = {  # field: (label, colour, dash, marker)
     "influence_rms": ("I2F of the noise drawn", BLUE, "-", "o"),
     "lower_bound_rms": ("I2F lower bound", SKY, "--", "v"),
-    "bayes_rms": ("best attacker with a Gaussian prior", INK, ":", "s"),
+    "bayes_rms": ("attacker with a Gaussian prior", INK, ":", "s"),
     "predicted_rms": (
-        "best attacker with a Gaussian prior",
+        "attacker with a Gaussian prior",
         INK,
         ":",
         "s",

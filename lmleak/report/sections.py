@@ -134,11 +134,11 @@ def noise_section(figure: str, rows: Sequence[Row], summary: Mapping[str, Any]) 
         sentences.append(f"At {loudest}, the largest noise tested, no attack ran.")
     if filled is not None:
         sentences.append(
-            "The best attacker is predicted to learn almost nothing (an error of "
+            "An attacker with a Gaussian prior is predicted to learn almost nothing (an error of "
             f"{percent(NOTHING_LEFT)} of the spread of the inputs or more) from <b>{filled:g} times</b> on."
         )
     elif numbers(rows, "prior_std") and best_prediction(swept[-1]) is not None:
-        sentences.append(f"Even at {loudest}, the best attacker is predicted to learn something.")
+        sentences.append(f"Even at {loudest}, an attacker with a Gaussian prior is predicted to learn something.")
     return f"<p>{' '.join(sentences)}</p>{figure}<p class='note'>{caption}</p>"
 
 

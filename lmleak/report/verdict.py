@@ -135,7 +135,7 @@ def _unattacked(entry: Mapping[str, Any]) -> str:
 
 
 def best_prediction(entry: Mapping[str, Any]) -> float | None:
-    """Return the median error predicted for the best attacker: one who knows noise and prior, else I2F.
+    """Return the median error predicted for an attacker who knows noise and prior.
 
     Args:
         entry: The summary of one defense.
