@@ -26,7 +26,7 @@ class HideLayers(Defense):
     paper: ClassVar[str] = (
         "Mo et al., PPFL: Privacy-preserving Federated Learning with Trusted Execution Environments, MobiSys 2021"
     )
-    example: ClassVar[str] = "hide-layers(names='bias')"
+    example: ClassVar[str] = "hide-layers(names='embeddings')"
 
     def __post_init__(self):
         if not isinstance(self.names, str) or not self.names:
