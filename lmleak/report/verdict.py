@@ -152,11 +152,8 @@ def _best_field(entry: Mapping[str, Any]) -> str | None:
     return next((field for field in ("predicted_rms", "bayes_rms") if entry[field]), None)
 
 
-def _at_least(entry: Mapping[str, Any]) -> str:
-    field = _best_field(entry)
-    if not entry["unconverged"].get(field):
-        return ""
-    return "at least " if field == "influence_rms" else "about "
+def _about(entry: Mapping[str, Any]) -> str:
+    return "about " if entry["unconverged"].get(_best_field(entry)) else ""
 
 
 def _predicted(entry: Mapping[str, Any]) -> str:
@@ -165,7 +162,7 @@ def _predicted(entry: Mapping[str, Any]) -> str:
         return ""
     return (
         "An attacker who knows the noise and the inputs' spread is predicted to miss by "
-        f"{_at_least(entry)}{compact(error)} (RMS per coordinate)."
+        f"{_about(entry)}{compact(error)} (RMS per coordinate)."
     )
 
 
@@ -176,6 +173,6 @@ def _caution(entry: Mapping[str, Any], rows: Sequence[Row]) -> str:
         return "That is no proof of safety: a stronger attacker may recover more."
     return (
         "A stronger attacker may recover more: one who knows the noise and the inputs' spread is predicted to miss by "
-        f"{_at_least(entry)}{compact(error)} per coordinate, {_at_least(entry)}{percent(error / min(spreads))} "
+        f"{_about(entry)}{compact(error)} per coordinate, {_about(entry)}{percent(error / min(spreads))} "
         "of the inputs' spread."
     )
