@@ -39,6 +39,32 @@ class TextBatch(Batch):
 
 
 @dataclass(frozen=True)
+class Aggregation:
+    """How the released update was formed from batches; the server runs the protocol, so it knows this.
+
+    Several local steps (FedAvg) are released as a gradient too: the update divided by what scaled it,
+    ``(theta_0 - theta_K) / (learning_rate K)``, averaged over clients. One client and one step is FedSGD.
+    """
+
+    clients: int = 1
+    """Clients whose updates were averaged, with equal weight; each holds an equal share of the batch, in order."""
+    epochs: int = 1
+    """Passes of a client over its share."""
+    steps_per_epoch: int = 1
+    """Plain SGD steps per pass; consecutive examples share a step."""
+    learning_rate: float | None = None
+    """Of the local steps; None for a single step, where it cancels."""
+
+    @property
+    def steps(self) -> int:
+        """Local steps K of a client."""
+        return self.epochs * self.steps_per_epoch
+
+
+SINGLE_STEP = Aggregation()  # FedSGD
+
+
+@dataclass(frozen=True)
 class Observation:
     """What an attacker sees: a released gradient and public facts. It has no field for the truth."""
 
@@ -47,9 +73,11 @@ class Observation:
     task: str
     """"sequence-classification", "causal-lm", "masked-lm" or "image-classification"."""
     batch_size: int
-    """B."""
+    """B, over all clients and local steps."""
     shared: str = "all"
     """The ``shared=`` specification by which the parameters were chosen."""
+    aggregation: Aggregation = SINGLE_STEP
+    """How the update was formed."""
     defenses: tuple[str, ...] = ()
     """Public description of what was applied, in order; never the seed of the noise."""
     layout: Mapping[str, Tensor] | None = None
@@ -66,6 +94,8 @@ class AttackCost:
     gradient_evaluations: int = 0
     """Full-model gradients; a double backward counts as three."""
     iterations: int = 0
+    peak_bytes: int | None = None
+    """Largest memory in use during the attack beyond that at its start; None where it was not measured."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import yaml
 
 import lmleak
 from lmleak.attacks import ATTACKS, Attack
-from lmleak.attacks.base import reconstruction
+from lmleak.attacks.base import Assumptions, reconstruction
 from lmleak.config import parse_config
 from lmleak.defenses import DEFENSES, Defense
 from lmleak.evaluation import AuditConfig
@@ -34,7 +34,8 @@ def namespace() -> dict:
     from typing import ClassVar
 
     return {"dataclass": dataclass, "ClassVar": ClassVar, "Defense": Defense, "Attack": Attack,
-            "AttackCost": AttackCost, "reconstruction": reconstruction, "__name__": "readme"}  # fmt: skip
+            "AttackCost": AttackCost, "Assumptions": Assumptions, "reconstruction": reconstruction,
+            "__name__": "readme"}  # fmt: skip
 
 
 def example(start: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lmleak.errors import ConfigError, UnsupportedModelError
@@ -180,6 +181,30 @@ def attention_inputs(model: nn.Module, block: str, run: Callable[[], object]) ->
         raise UnsupportedModelError(f"block {block!r} runs no Linear or Conv1D map, so its attention input is unknown")
     first = calls[0][1]
     return tuple(path for path, tensor in calls if tensor is first)
+
+
+def sees_ahead(model: nn.Module, block: str, run: Callable[[int], object]) -> bool:
+    """Return whether the first position behind a block depends on the last token (bidirectional attention).
+
+    Args:
+        model: The model.
+        block: Path of the block.
+        run: Runs the model on a text of several tokens whose last one is given by a number.
+
+    Returns:
+        True for encoders, False for causal models.
+    """
+    outputs: list[Tensor] = []
+    handle = model.get_submodule(block).register_forward_hook(
+        lambda module, arguments, output: outputs.append(output if isinstance(output, Tensor) else output[0])
+    )
+    try:
+        run(0)
+        run(1)
+    finally:
+        handle.remove()
+    first, second = (output.reshape(-1, output.shape[-1])[0].double() for output in outputs)
+    return bool((first - second).norm() > 1e2 * torch.finfo(outputs[0].dtype).eps * first.norm())
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ needs code of its own. Before first use the adapter checks that logits from x eq
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lmleak.adapters.checks import check_padding, check_parity, refuse_other_los
 from lmleak.adapters.examples import example_list, pad, token_ids, truncate
 from lmleak.adapters.families import FAMILIES, POSITIONS_FROM_MASK
 from lmleak.adapters.precision import KeepDouble
-from lmleak.adapters.structure import attention_inputs, find_blocks, position_padding, text_roles
+from lmleak.adapters.structure import attention_inputs, find_blocks, position_padding, sees_ahead, text_roles
 from lmleak.adapters.targets import causal_targets, cross_entropy, masked_targets
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch, TextBatch
@@ -312,6 +313,19 @@ class TextAdapter(ModelAdapter):
     def roles(self) -> dict[str, tuple[str, ...]]:
         """Return parameter names by role: "embeddings", "block i", "head"."""
         return text_roles(self.model, list(self.parameters()), self.blocks)
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether every position sees only the tokens before it; True without recognised blocks."""
+        special = self.special_ids() | {self.pad_id}
+        words = [i for i in range(self.vocabulary_size) if i not in special][:5]
+        layout = {"attention_mask": torch.ones(1, 4, dtype=torch.long, device=self.device)}
+
+        def run(last: int):
+            with torch.no_grad():
+                self._run(torch.tensor([[*words[:3], words[3 + last]]]), layout, None)
+
+        return not self.blocks or not sees_ahead(self.model, self.blocks[0], run)
 
     def attention_inputs(self, block: int) -> tuple[str, ...]:
         """Return the module paths of the linear maps that read a block's attention input."""

@@ -2,31 +2,50 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
+from lmleak.attacks.meter import Meter
 from lmleak.errors import DataError, UnsupportedCombinationError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.types import AttackCost, Observation, Reconstruction
 
 
-class Attack(ABC):
-    """Recovers private input from a released gradient. Concrete attacks are frozen dataclasses of options.
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """The threat model of an attack: what it must be told and where it applies. What is not assumed is not told.
 
-    The class attributes state the threat model; what is not assumed is not handed over.
+    Every attacker knows the architecture, the weights, the tokenizer, the batch size and how the update was formed.
     """
+
+    tasks: tuple[str, ...]
+    """Tasks it works on."""
+    lengths: bool
+    """Lengths and padding are known."""
+    labels: bool
+    """Class labels are known (classification tasks)."""
+    parameters: str
+    """Whose gradient it reads, in words; the attack's ``check`` refuses if they are withheld."""
+    decoders: bool = True
+    """Works on causal models."""
+    encoders: bool = True
+    """Works on models that attend both ways."""
+    local_steps: bool = False
+    """Works on the update of several local steps, not only on the gradient of one."""
+    prior: str = "none"
+    """What else it knows, in words: a language model, the spread of the embedding table."""
+
+
+class Attack(ABC):
+    """Recovers private input from a released gradient. Concrete attacks are frozen dataclasses of options."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
     """Source: authors, year, arXiv number."""
-    tasks: ClassVar[tuple[str, ...]]
-    """Tasks it works on."""
-    needs_lengths: ClassVar[bool]
-    """Assumes that lengths and padding are known."""
-    needs_labels: ClassVar[bool]
-    """Assumes that class labels are known (classification tasks)."""
+    assumes: ClassVar[Assumptions]
 
     @abstractmethod
     def recover(self, adapter: ModelAdapter, observation: Observation, *, seed: int) -> Reconstruction:
@@ -42,19 +61,31 @@ class Attack(ABC):
         Raises:
             UnsupportedCombinationError: With the threat-model or mathematical reason.
         """
-        if adapter.task not in self.tasks:
+        assumes = self.assumes
+        if adapter.task not in assumes.tasks:
             raise UnsupportedCombinationError(
-                f"attack {self.name!r} works on {', '.join(self.tasks)}; this model's task is {adapter.task!r}"
+                f"attack {self.name!r} works on {', '.join(assumes.tasks)}; this model's task is {adapter.task!r}"
             )
-        if self.needs_lengths and not shared.layout:
+        if assumes.lengths and not shared.layout:
             raise UnsupportedCombinationError(
                 f"attack {self.name!r} assumes that lengths are known, and this gradient does not reveal them "
                 "(capture with reveal_lengths=True)"
             )
-        if self.needs_labels and adapter.task.endswith("classification") and shared.labels is None:
+        if assumes.labels and adapter.task.endswith("classification") and shared.labels is None:
             raise UnsupportedCombinationError(
                 f"attack {self.name!r} assumes that labels are known, and this gradient does not reveal them "
                 "(capture with reveal_labels=True)"
+            )
+        if shared.aggregation.steps > 1 and not assumes.local_steps:
+            raise UnsupportedCombinationError(
+                f"attack {self.name!r} needs the gradient of one step, and this update sums "
+                f"{shared.aggregation.steps} local steps at moving weights"
+            )
+        if not (assumes.decoders and assumes.encoders) and adapter.is_causal != assumes.decoders:
+            works, kind = ("decoders", "an encoder") if assumes.decoders else ("encoders", "a decoder")
+            raise UnsupportedCombinationError(
+                f"attack {self.name!r} works on {works}, and {adapter.name} is {kind} (every position sees "
+                f"{'only those before it' if adapter.is_causal else 'the whole text'})"
             )
 
     def run(self, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0) -> Reconstruction:
@@ -75,8 +106,10 @@ class Attack(ABC):
             raise DataError(f"an attack sees a SharedGradient, got {type(shared).__name__}")
         shared.check(adapter)
         self.check(adapter, shared)
-        observation = shared.observation(lengths=self.needs_lengths, labels=self.needs_labels)
-        return self.recover(adapter, observation, seed=seed)
+        observation = shared.observation(lengths=self.assumes.lengths, labels=self.assumes.labels)
+        with Meter(adapter.device) as meter:
+            recovered = self.recover(adapter, observation, seed=seed)
+        return replace(recovered, cost=replace(recovered.cost, seconds=meter.seconds, peak_bytes=meter.peak_bytes))
 
 
 def reconstruction(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
-from lmleak.attacks.base import Attack, reconstruction
+from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.objectives import SquaredL2, SquaredL2PlusL1
 from lmleak.attacks.relaxed_text import RelaxedText, Unknowns
 from lmleak.errors import ConfigError, UnsupportedCombinationError
@@ -74,9 +74,10 @@ class GradientMatching(Attack):
     loss_tolerance: float = 1e-10
     """Stop below this objective, which is 1 for the guess "zero gradient"."""
 
-    tasks: ClassVar[tuple[str, ...]] = ("sequence-classification", "causal-lm", "masked-lm")
-    needs_lengths: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
+    assumes: ClassVar[Assumptions] = Assumptions(
+        tasks=("sequence-classification", "causal-lm", "masked-lm"), lengths=True, labels=True,
+        parameters="any that depend on the embeddings", prior="mean and spread of the embedding table",
+    )  # fmt: skip
 
     def __post_init__(self):
         lookup("decay", self.decay, DECAYS)

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 
 from lmleak.adapters.base import ModelAdapter
-from lmleak.attacks.base import Attack, reconstruction
+from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
 from lmleak.attacks.span_head import Ending, Unreadable, read_head
-from lmleak.attacks.span_layers import PrefixModel, Site, dependence, forward, linear_groups, prefix_sites, random_ids
+from lmleak.attacks.span_layers import PrefixModel, Site, forward, prefix_sites, random_ids
 from lmleak.attacks.span_subspace import RowSpace, row_space, stacked_gradient
 from lmleak.attacks.span_tree import Prefix, PrefixTree, grow_tree
 from lmleak.errors import ConfigError, UnsupportedCombinationError
@@ -46,9 +46,10 @@ class Span(Attack):
 
     name: ClassVar[str] = "span"
     paper: ClassVar[str] = "Petrov et al. 2024, arXiv:2405.15586 (DAGER)"
-    tasks: ClassVar[tuple[str, ...]] = ("causal-lm", "sequence-classification")
-    needs_lengths: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
+    assumes: ClassVar[Assumptions] = Assumptions(
+        tasks=("causal-lm", "sequence-classification"), lengths=False, labels=False,
+        parameters="the attention inputs of blocks 0 and 1", encoders=False,
+    )  # fmt: skip
 
     beam: int = 256
     """How many prefixes are kept alive per position; more than the batch size only if the gradient is ambiguous."""
@@ -71,13 +72,6 @@ class Span(Attack):
         if not adapter.blocks:
             raise UnsupportedCombinationError(f"attack 'span' found no transformer blocks in {adapter.name}")
         one_block = len(adapter.blocks) == 1
-        behind = linear_groups(adapter, adapter.blocks[0] + ".")[-1] if one_block else adapter.attention_inputs(1)
-        if dependence(adapter, behind[0])[1]:
-            raise UnsupportedCombinationError(
-                f"attack 'span' grows texts from left to right, and {adapter.name} is an encoder: every position of "
-                "its block 1 sees the whole text (bidirectional attention), so no prefix can be tested alone. Use a "
-                "decoder, or a matching attack (dlg, tag)"
-            )
         if one_block and adapter.task == "sequence-classification":
             raise UnsupportedCombinationError(
                 f"{adapter.name} has one block, of which only the last position reaches the classifier: the gradient "

@@ -3,7 +3,8 @@
 File format (version 1): one safetensors file. Tensors: ``gradient/<parameter name>`` for every released
 parameter, and optionally ``layout/<name>`` and ``labels`` (public facts the owner chose to reveal). Header
 metadata, all strings: ``format`` = "lmleak-gradient", ``version`` = "1", ``model``, ``task``, ``shared``
-(which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application).
+(which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application) and,
+unless it is one step of one client, ``aggregation`` (a JSON object with the fields of ``types.Aggregation``).
 Seeds of random defenses are never written: they would let the server subtract the noise.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmleak.errors import DataError
-from lmleak.types import Observation
+from lmleak.types import SINGLE_STEP, Aggregation, Observation
 
 FORMAT, VERSION = "lmleak-gradient", "1"
 
@@ -45,6 +46,8 @@ class SharedGradient:
     """Revealed lengths: attention_mask (B, T) and such; empty if the server does not learn them."""
     labels: Tensor | None = None
     """Revealed class labels (B,); None if the server does not learn them."""
+    aggregation: Aggregation = SINGLE_STEP
+    """How the update was formed: one step of one client unless said."""
 
     def __post_init__(self):
         if not self.gradient:
@@ -85,6 +88,7 @@ class SharedGradient:
             task=self.task,
             batch_size=self.batch_size,
             shared=self.shared,
+            aggregation=self.aggregation,
             defenses=self.defenses,
             layout=dict(self.layout) if lengths and self.layout else None,
             labels=self.labels if labels else None,
@@ -101,6 +105,8 @@ class SharedGradient:
             "format": FORMAT, "version": VERSION, "model": self.model, "task": self.task, "shared": self.shared,
             "batch_size": str(self.batch_size), "reduction": "mean", "defenses": json.dumps(list(self.defenses)),
         }  # fmt: skip
+        if self.aggregation != SINGLE_STEP:
+            metadata["aggregation"] = json.dumps(asdict(self.aggregation))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -149,14 +155,15 @@ class SharedGradient:
 
         try:
             batch_size, defenses = int(metadata["batch_size"]), json.loads(metadata["defenses"])
-        except ValueError as error:
+            aggregation = Aggregation(**json.loads(metadata.get("aggregation", "{}")))
+        except (ValueError, TypeError) as error:
             raise DataError(f"the header of {path} is damaged: {error}") from error
         if batch_size < 1 or not isinstance(defenses, list) or not all(isinstance(d, str) for d in defenses):
             raise DataError(f"the header of {path} is damaged: batch_size={batch_size}, defenses={defenses!r}")
         loaded = cls(
             gradient=part("gradient/"), task=metadata["task"], batch_size=batch_size,
             model=metadata.get("model", ""), shared=metadata["shared"], defenses=tuple(defenses),
-            layout=part("layout/"), labels=tensors.get("labels"),
+            layout=part("layout/"), labels=tensors.get("labels"), aggregation=aggregation,
         )  # fmt: skip
         if adapter is not None:
             loaded.check(adapter)

@@ -9,7 +9,7 @@ import torch
 import lmleak
 from lmleak.attacks import ATTACKS, make_attack, parse_attack
 from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
-from lmleak.types import Batch, Observation, Reconstruction, TextBatch
+from lmleak.types import AttackCost, Batch, Observation, Reconstruction, TextBatch
 from tests.families import FAMILIES, make
 
 QUICK = {"iterations": 6, "candidates": 2}  # where an attack has such options: the promises hold at any effort
@@ -22,7 +22,7 @@ def quick(name: str):
 
 def family_for(name: str) -> str:
     """A tiny model on which the attack can run."""
-    return "gpt2" if "causal-lm" in ATTACKS[name].tasks else "bert"
+    return "gpt2" if "causal-lm" in ATTACKS[name].assumes.tasks else "bert"
 
 
 @pytest.fixture(params=sorted(ATTACKS))
@@ -40,7 +40,7 @@ def test_names_agree_and_a_paper_is_cited(name):
     attack = ATTACKS[name]
     assert attack.name == name
     assert "arXiv" in attack.paper
-    assert set(attack.tasks) <= {"sequence-classification", "causal-lm", "masked-lm", "image-classification"}
+    assert set(attack.assumes.tasks) <= {"sequence-classification", "causal-lm", "masked-lm", "image-classification"}
 
 
 def test_returns_a_well_formed_reconstruction(name, case):
@@ -86,25 +86,30 @@ def test_model_and_gradient_are_left_alone(name, case):
 def test_only_what_is_assumed_is_handed_over(name, case, monkeypatch):
     adapter, _, shared = case
     seen = []
-    monkeypatch.setattr(ATTACKS[name], "recover", lambda self, a, observation, *, seed: seen.append(observation))
+
+    def spy(self, adapter, observation, *, seed):
+        seen.append(observation)
+        return Reconstruction(name, (), (), (), AttackCost(0.0), stopped="spied")
+
+    monkeypatch.setattr(ATTACKS[name], "recover", spy)
     quick(name).run(adapter, shared)
     (observation,) = seen
     assert type(observation) is Observation
-    assert (observation.layout is not None) == ATTACKS[name].needs_lengths
-    assert observation.labels is None or ATTACKS[name].needs_labels
+    assert (observation.layout is not None) == ATTACKS[name].assumes.lengths
+    assert observation.labels is None or ATTACKS[name].assumes.labels
 
 
 def test_no_field_of_an_observation_holds_the_truth():
     assert not isinstance(Observation(gradient={}, task="causal-lm", batch_size=1), Batch | TextBatch)
     assert {f.name for f in fields(Observation)} == {
-        "gradient", "task", "batch_size", "shared", "defenses", "layout", "labels",
+        "gradient", "task", "batch_size", "shared", "aggregation", "defenses", "layout", "labels",
     }  # fmt: skip
 
 
 def test_refuses_what_it_assumes_and_is_not_told(name, case):
     adapter, batch, _ = case
     silent = lmleak.capture_gradient(adapter, batch, reveal_lengths=False, reveal_labels=False)
-    if ATTACKS[name].needs_lengths:
+    if ATTACKS[name].assumes.lengths:
         with pytest.raises(UnsupportedCombinationError, match="lengths are known"):
             quick(name).run(adapter, silent)
     else:

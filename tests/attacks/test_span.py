@@ -102,7 +102,7 @@ def test_noise_is_refused_with_the_reason():
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_are_refused(name):
     adapter, batch = make(name)
-    with pytest.raises(UnsupportedCombinationError, match="bidirectional"):
+    with pytest.raises(UnsupportedCombinationError, match="encoder"):
         recover(adapter, batch)
 
 

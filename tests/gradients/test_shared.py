@@ -245,7 +245,7 @@ class TestCheck:
 class TestObservation:
     def test_it_has_no_field_for_the_truth(self):
         assert {f.name for f in fields(Observation)} == {
-            "gradient", "task", "batch_size", "shared", "defenses", "layout", "labels",
+            "gradient", "task", "batch_size", "shared", "aggregation", "defenses", "layout", "labels",
         }  # fmt: skip
 
     @pytest.mark.parametrize("lengths", [True, False])
