@@ -173,7 +173,7 @@ def attention_inputs(model: nn.Module, block: str, run: Callable[[], object]) ->
         if path.startswith(block + ".") and is_linear(module)
     ]
     try:
-        run()
+        _run_through(model, block, run)
     finally:
         for handle in handles:
             handle.remove()
@@ -194,17 +194,31 @@ def sees_ahead(model: nn.Module, block: str, run: Callable[[int], object]) -> bo
     Returns:
         True for encoders, False for causal models.
     """
-    outputs: list[Tensor] = []
-    handle = model.get_submodule(block).register_forward_hook(
-        lambda module, arguments, output: outputs.append(output if isinstance(output, Tensor) else output[0])
-    )
-    try:
-        run(0)
-        run(1)
-    finally:
-        handle.remove()
+    outputs = [_run_through(model, block, lambda last=last: run(last)) for last in (0, 1)]
     first, second = (output.reshape(-1, output.shape[-1])[0].double() for output in outputs)
     return bool((first - second).norm() > 1e2 * torch.finfo(outputs[0].dtype).eps * first.norm())
+
+
+class _Passed(Exception):
+    """Ends a forward pass on purpose."""
+
+
+def _run_through(model: nn.Module, block: str, run: Callable[[], object]) -> Tensor:
+    """Run the model until a block has been passed, and return what the block put out."""
+    outputs: list[Tensor] = []
+
+    def stop(module, arguments, output):
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+        raise _Passed
+
+    handle = model.get_submodule(block).register_forward_hook(stop)
+    try:
+        run()
+    except _Passed:
+        return outputs[0]
+    finally:
+        handle.remove()
+    raise UnsupportedModelError(f"a forward pass never reached block {block!r}")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -73,13 +73,13 @@ def read_head(adapter, observation: Observation, prefixes: list[Prefix]) -> list
         raise Unreadable(f"{len(prefixes)} distinct prefixes are not fewer than the hidden size {gradient.shape[1]}")
     hidden, logits = _states(adapter, path, prefixes)
     coefficients, explained = _coefficients(gradient, hidden)
-    probabilities = logits.double().softmax(-1)
+    probabilities = logits.softmax(-1)
     if adapter.task == "causal-lm":
         also_looked_up = module.weight is adapter.embedding.weight and _has_looked_up_rows(adapter, observation)
         return _read_targets(prefixes, coefficients, probabilities, explained, observation.batch_size, also_looked_up)
     if not explained.all():
         raise Unreadable("the recovered prefixes do not explain the head's gradient")
-    return _read_classes(prefixes, coefficients, probabilities, observation.batch_size)
+    return _read_classes(prefixes, coefficients.double(), probabilities.double(), observation.batch_size)
 
 
 def _has_looked_up_rows(adapter, observation: Observation) -> bool:
@@ -116,16 +116,16 @@ def _coefficients(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = r.diagonal().abs()
     if diagonal.min() < 1e3 * torch.finfo(hidden.dtype).eps * diagonal.max():
         raise Unreadable("hidden states of the recovered prefixes are linearly dependent")
-    inside, outside, norms = [], [], []
-    for rows in gradient.split(ROWS):
-        rows = rows.double()
-        part = rows @ q
-        inside.append(part)
-        outside.append(rows.square().sum(1) - part.square().sum(1))
+    c, outside, norms = hidden.new_empty(len(hidden), len(gradient)), [], []
+    for start in range(0, len(gradient), ROWS):
+        rows = gradient[start : start + ROWS].double()
+        inside = rows @ q
+        c[:, start : start + ROWS] = torch.linalg.solve_triangular(r, inside.T, upper=True)  # no copy in float64
         norms.append(rows.norm(dim=1))
+        outside.append(norms[-1].square() - inside.norm(dim=1).square())
     norms = torch.cat(norms)
     explained = torch.cat(outside).clamp(min=0).sqrt() <= UNEXPLAINED * norms + 1e-6 * norms.max()
-    return torch.linalg.solve_triangular(r, torch.cat(inside).T, upper=True), explained
+    return c, explained
 
 
 def _read_targets(
@@ -156,13 +156,14 @@ def _read_targets(
     if not explained[readable].all() or (not also_looked_up and not explained.all()):
         raise Unreadable("the recovered prefixes do not explain the head's gradient")
     largest = p.masked_fill(~readable, 0.0).topk(min(max(LARGEST, 4 * batch_size), int(readable.sum())), dim=1)
-    going_on = (c.gather(1, largest.indices) / largest.values.clamp(min=1e-12)).median(dim=1).values  # m / N
+    ratios = c.gather(1, largest.indices).double() / largest.values.double().clamp(min=1e-12)
+    going_on = ratios.median(dim=1).values  # m / N
     roots = torch.tensor([len(prefix) == 1 for prefix in prefixes], device=c.device)
     positions = batch_size / going_on[roots].sum()  # N, since every text goes on after its first token
     if not 0 < positions < float("inf"):
         raise Unreadable("the counts read from the head's gradient are not positive")
     m, off_m = _integers(positions * going_on)
-    n, off_n = _integers((positions * (going_on[:, None] * p - c)).masked_fill(~readable, 0.0))
+    following = _targets(positions, going_on, c, p, readable)
     index = {prefix: k for k, prefix in enumerate(prefixes)}
     endings = []
     for k, prefix in enumerate(prefixes):
@@ -170,19 +171,31 @@ def _read_targets(
         for token in (~readable).nonzero()[:, 0].tolist() if also_looked_up else ():
             child = index.get((*prefix, token))
             hidden_children += int(m[child]) if child is not None else 0
-        for token in n[k].nonzero()[:, 0].tolist():
+        for token, count, off in following[k]:
             child = index.get((*prefix, token))
-            ended = int(n[k, token]) - (int(m[child]) if child is not None else 0)
+            ended = count - (int(m[child]) if child is not None else 0)
             if ended < 0:
                 raise Unreadable("the counts read from the head's gradient contradict the tree")
-            endings += ended * [Ending(prefix, token, 1 - 2 * max(off_n[k, token].item(), off_m[k].item()))]
-        unknown = int(m[k]) - int(n[k].sum()) - hidden_children
+            endings += ended * [Ending(prefix, token, 1 - 2 * max(off, off_m[k].item()))]
+        unknown = int(m[k]) - sum(count for _, count, _ in following[k]) - hidden_children
         if unknown < 0 or (unknown and not also_looked_up):
             raise Unreadable("the counts read from the head's gradient contradict each other")
         endings += unknown * [Ending(prefix, None, 1 - 2 * off_m[k].item())]
     if len(endings) != batch_size:
         raise Unreadable(f"the head's gradient tells of {len(endings)} texts instead of {batch_size}")
     return endings
+
+
+def _targets(
+    positions: Tensor, going_on: Tensor, c: Tensor, p: Tensor, readable: Tensor
+) -> list[list[tuple[int, int, float]]]:
+    """Return per prefix the tokens that follow it, how often, and how far that count was from an integer."""
+    following = []
+    for k in range(len(c)):  # row by row: prefixes x vocabulary is the largest thing here
+        n, off = _integers((positions * (going_on[k] * p[k].double() - c[k].double())).masked_fill(~readable, 0.0))
+        tokens = n.nonzero()[:, 0]
+        following.append(list(zip(tokens.tolist(), n[tokens].tolist(), off[tokens].tolist(), strict=True)))
+    return following
 
 
 def _read_classes(prefixes: list[Prefix], c: Tensor, p: Tensor, batch_size: int) -> list[Ending]:
