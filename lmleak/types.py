@@ -5,8 +5,11 @@ Letters: B batch, T tokens, D width of an embedding, V vocabulary, P shared para
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from torch import Tensor
+
+from lmleak.errors import ConfigError, DataError
 
 IGNORE = -100  # target value that carries no loss, as in torch.nn.functional.cross_entropy
 
@@ -55,10 +58,46 @@ class Aggregation:
     learning_rate: float | None = None
     """Of the local steps; None for a single step, where it cancels."""
 
+    def __post_init__(self):
+        for name in ("clients", "epochs", "steps_per_epoch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"aggregation: {name} must be an integer of at least 1, got {value!r}")
+        rate = self.learning_rate
+        if rate is None and self.steps > 1:
+            raise ConfigError(
+                f"aggregation: {self.steps} local steps need learning_rate=, by which the released update is divided"
+            )
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < inf):
+            raise ConfigError(f"aggregation: learning_rate must be a positive number, got {rate!r}")
+
     @property
     def steps(self) -> int:
         """Local steps K of a client."""
         return self.epochs * self.steps_per_epoch
+
+    def schedule(self, batch_size: int) -> list[list[slice]]:
+        """Return the rows of the batch that each client takes at each of its K local steps.
+
+        Args:
+            batch_size: B, over all clients and steps.
+
+        Returns:
+            ``clients`` lists of K slices, all of B / (clients steps_per_epoch) rows.
+
+        Raises:
+            DataError: If the batch cannot be divided so.
+        """
+        size, rest = divmod(batch_size, self.clients * self.steps_per_epoch)
+        if rest or not size:
+            raise DataError(
+                f"a batch of {batch_size} cannot be divided into equal parts for {self.clients} client(s) with "
+                f"{self.steps_per_epoch} step(s) per epoch; its size must be a multiple of "
+                f"{self.clients * self.steps_per_epoch}"
+            )
+        starts = range(0, batch_size, size)
+        per_client = [starts[c * self.steps_per_epoch :][: self.steps_per_epoch] for c in range(self.clients)]
+        return [[slice(i, i + size) for _ in range(self.epochs) for i in share] for share in per_client]
 
 
 SINGLE_STEP = Aggregation()  # FedSGD

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lmleak"
 SIZE_LIMIT = 350
 FLOORS = {
-    "errors": 0, "types": 0, "lookup": 0, "config": 0, "specification": 0,
+    "errors": 0, "types": 0, "lookup": 0, "config": 0, "files": 0, "specification": 0,
     "linops": 1, "adapters": 1, "data": 1,
     "gradients": 2, "defenses": 2,
     "influence": 3, "leakage": 3, "attacks": 3,

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertTokenizerFast,
+    GPT2TokenizerFast,
 )
 
 from lmleak.adapters.base import ModelAdapter, refuse_unfit
@@ -34,6 +36,9 @@ CLASS_SUFFIXES = {
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
 }
+PEFT_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+TOKENIZER_DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
+BARE_VOCABULARIES = {"merges.txt": GPT2TokenizerFast, "vocab.txt": BertTokenizerFast}  # as GPT-2 and BERT ship them
 SHAPE_KEYS = {"model_type", "task", "tokenizer", "config", "seed"}
 
 
@@ -122,6 +127,8 @@ def _task_of_class(class_names: list[str]) -> str | None:
 
 
 def _from_weights(source: str, name: str, task: str | None, tokenizer: str | None):
+    if (Path(source) / "adapter_config.json").is_file():
+        return _from_peft(source, task, tokenizer)
     try:
         config = AutoConfig.from_pretrained(source)
         task = task or _task_of_class(config.architectures or [])
@@ -141,6 +148,26 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
             "a local directory, a shape file (.yaml) or a hub id"
         ) from error
     return model, task, tokenizer or source
+
+
+def _from_peft(folder: str, task: str | None, tokenizer: str | None):
+    """Return the base model with the folder's trained weights (LoRA and such) on it, those alone trained."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"{folder} holds PEFT weights; install lmleak[lora] to load them") from error
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}/adapter_config.json is damaged: {error}") from error
+    base = config.base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{folder}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    model, task, tokenizer = _from_weights(base, base, task or PEFT_TASKS.get(config.task_type), tokenizer)
+    try:
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True), task, tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"cannot put the weights of {folder} on {base}: {str(error).splitlines()[0]}") from error
 
 
 def _from_shape(path: str, task: str | None, tokenizer: str | None):
@@ -175,12 +202,21 @@ def _from_shape(path: str, task: str | None, tokenizer: str | None):
     return model, task, tokenizer or shape.get("tokenizer")
 
 
+def _tokenizer_class(folder: Path) -> type:
+    """Return the class that reads a tokenizer; a folder of bare vocabulary files does not name its own."""
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_DESCRIPTIONS):
+        for file, tokenizer_class in BARE_VOCABULARIES.items():
+            if (folder / file).exists():
+                return tokenizer_class
+    return AutoTokenizer
+
+
 def _load_tokenizer(name: str | None):
     if name is None:
         return None
     source = str(REFERENCE_MODELS.get(name, name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = _tokenizer_class(Path(source)).from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the tokenizer {name!r}: {str(error).strip().splitlines()[0]}") from error
     # Beside a model without tokenizer files transformers makes one that knows special tokens only.

@@ -76,6 +76,10 @@ def read_head(adapter, observation: Observation, prefixes: list[Prefix]) -> list
     probabilities = logits.softmax(-1)
     if adapter.task == "causal-lm":
         also_looked_up = module.weight is adapter.embedding.weight and _has_looked_up_rows(adapter, observation)
+        if observation.aggregation.clients > 1:
+            if also_looked_up or not explained.all():
+                raise Unreadable("the recovered prefixes do not explain the head's gradient of several clients")
+            return _read_weighted_targets(prefixes, coefficients, probabilities, observation.batch_size)
         return _read_targets(prefixes, coefficients, probabilities, explained, observation.batch_size, also_looked_up)
     if not explained.all():
         raise Unreadable("the recovered prefixes do not explain the head's gradient")
@@ -155,9 +159,7 @@ def _read_targets(
         readable[torch.tensor(sorted({t for prefix in prefixes for t in prefix}), device=readable.device)] = False
     if not explained[readable].all() or (not also_looked_up and not explained.all()):
         raise Unreadable("the recovered prefixes do not explain the head's gradient")
-    largest = p.masked_fill(~readable, 0.0).topk(min(max(LARGEST, 4 * batch_size), int(readable.sum())), dim=1)
-    ratios = c.gather(1, largest.indices).double() / largest.values.double().clamp(min=1e-12)
-    going_on = ratios.median(dim=1).values  # m / N
+    going_on = _going_on(c, p.masked_fill(~readable, 0.0), batch_size, int(readable.sum()))  # m / N
     roots = torch.tensor([len(prefix) == 1 for prefix in prefixes], device=c.device)
     positions = batch_size / going_on[roots].sum()  # N, since every text goes on after its first token
     if not 0 < positions < float("inf"):
@@ -184,6 +186,54 @@ def _read_targets(
     if len(endings) != batch_size:
         raise Unreadable(f"the head's gradient tells of {len(endings)} texts instead of {batch_size}")
     return endings
+
+
+def _read_weighted_targets(prefixes: list[Prefix], c: Tensor, p: Tensor, batch_size: int) -> list[Ending]:
+    """Read the next tokens of every prefix where texts have unequal weights (several clients, each a mean of its own).
+
+    A text of client j weighs 1 / (clients N_j) and N_j is unknown, so weights are read, not counts: w_tv that of the
+    texts with token v after prefix t. What does not go on from there ends. A text that two clients hold, or one
+    client twice, cannot be told from a heavier one, and the batch then comes out too small.
+
+    Args:
+        prefixes: The K distinct prefixes.
+        c: (K, V) coefficients.
+        p: (K, V) the model's predictions.
+        batch_size: B.
+
+    Returns:
+        B texts.
+
+    Raises:
+        Unreadable: If a weight is between none and a text's, or the texts are not B.
+    """
+    going_on = _going_on(c, p, batch_size, p.shape[1])
+    lightest = going_on.min().item()
+    if not lightest > 0:
+        raise Unreadable("the weights read from the head's gradient are not positive")
+    index = {prefix: k for k, prefix in enumerate(prefixes)}
+    endings, worst = [], 0.0
+    for k, prefix in enumerate(prefixes):
+        ended = going_on[k] * p[k].double() - c[k].double()  # (V,)
+        for token in (ended > ROUNDING * lightest).nonzero()[:, 0].tolist():
+            child = index.get((*prefix, token))
+            ended[token] -= going_on[child] if child is not None else 0.0
+        here = (ended > (1 - ROUNDING) * lightest).nonzero()[:, 0]
+        endings += [(prefix, token) for token in here.tolist()]
+        ended[here] = 0.0
+        worst = max(worst, ended.abs().max().item() / lightest)
+    if worst > ROUNDING:
+        raise Unreadable(f"weights read from the head's gradient are {worst:.2f} of a text's away from none")
+    if len(endings) != batch_size:
+        raise Unreadable(f"the head's gradient tells of {len(endings)} distinct texts instead of {batch_size}")
+    return [Ending(prefix, token, 1 - 2 * worst) for prefix, token in endings]
+
+
+def _going_on(c: Tensor, p: Tensor, batch_size: int, usable: int) -> Tensor:
+    """Return the weight of the texts that go on after every prefix, (K,): c = weight x p but for at most B targets."""
+    largest = p.topk(min(max(LARGEST, 4 * batch_size), usable), dim=1)
+    ratios = c.gather(1, largest.indices).double() / largest.values.double().clamp(min=1e-12)
+    return ratios.median(dim=1).values
 
 
 def _targets(

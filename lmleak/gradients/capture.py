@@ -1,14 +1,18 @@
-"""Capture of the gradient that a client shares: one batch, one step (FedSGD)."""
+"""Capture of what a client shares: the gradient of one batch (FedSGD), or the update of local training (FedAvg)."""
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
-from lmleak.errors import DataError
-from lmleak.gradients.shared import SharedGradient
-from lmleak.types import Batch
+from lmleak.adapters.dropout import dropout_on
+from lmleak.adapters.structure import Selection
+from lmleak.errors import DataError, UnsupportedCombinationError
+from lmleak.gradients.shared import SharedGradient, inseparable_table
+from lmleak.types import SINGLE_STEP, Aggregation, Batch
 
 
 def capture_gradient(
@@ -18,34 +22,57 @@ def capture_gradient(
     shared: str = "no-word-embeddings",
     reveal_lengths: bool = True,
     reveal_labels: bool = True,
+    aggregation: Aggregation = SINGLE_STEP,
+    dropout: bool = False,
+    seed: int = 0,
 ) -> SharedGradient:
-    """Compute g(x) = grad_theta L(x, y; theta), the mean over one batch, as ``loss.backward()`` would.
+    """Compute what the server receives: one gradient, or the update of several local steps and clients.
+
+    One step of one client: g(x) = grad_theta L(x, y; theta), the mean over the batch, as ``loss.backward()`` gives it.
+    In general, each of C clients starts at theta_0, takes K plain SGD steps theta_{k+1} = theta_k - lr grad L_k
+    on consecutive parts of its share of the batch, L_k being the mean loss over that part as the model's own loss
+    takes it (over examples, or over target tokens), and the mean of (theta_0 - theta_K) / (lr K) is released
+    (McMahan et al. 2017, arXiv:1602.05629, algorithm 1, with clients of equal weight). Every trained parameter
+    moves in the local steps, the word table included; only the selected ones are released. The difference is
+    taken of weights in the model's precision, as a real server takes it: an update in float32 carries rounding of
+    about 6e-8 |theta| / (lr K) per coordinate, which at lr = 1e-5 is 0.4 % of the update of the embedded models.
+    Local steps need one more set of trained parameters than a gradient does.
 
     Args:
         adapter: The model.
-        batch: The private batch.
+        batch: The private batch, over all clients: client after client, step after step.
         shared: Which parameters theta are shared (``ModelAdapter.select``).
         reveal_lengths: Whether the server learns lengths and padding. Matching attacks need them; the papers
             assume them known.
         reveal_labels: Whether the server learns the class labels, likewise. Token targets are never revealed.
+        aggregation: Clients, epochs, steps per epoch and learning rate.
+        dropout: Whether the model's dropout is active, as in ``model.train()``; recorded as the defense "dropout(on)".
+        seed: Seed of the dropout masks; private, like the seed of any random defense.
 
     Returns:
         The clean gradient. It carries lengths and labels only if revealed.
 
     Raises:
-        DataError: If the gradient is not finite or all zero.
+        DataError: If the batch cannot be divided as asked, or the gradient is not finite or all zero.
+        UnsupportedCombinationError: If a tied table's update would have to be split into its two uses.
     """
     selection = adapter.select(shared)
-    parameters = trainable(adapter, selection.names)
-    loss = adapter.shared_loss(batch, adapter.input(batch), parameters, selection)
-    values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    gradient = {
-        # A parameter the loss does not use has no gradient; a client shares zeros for it.
-        name: torch.zeros_like(p) if value is None else value.detach()
-        for (name, p), value in zip(parameters.items(), values, strict=True)
-    }
+    if inseparable_table(adapter, shared, aggregation):
+        raise UnsupportedCombinationError(
+            f"after {aggregation.steps} local steps the update of {adapter.lookup_table()!r} sums what came through "
+            f"the looked-up rows and through the head, and shared={shared!r} asks for the head's part alone; pass "
+            "shared='all' (both parts), or a selection without the table ('block:0-1', a regular expression)"
+        )
+    with dropout_on(adapter.model, seed=seed) if dropout else nullcontext():
+        if aggregation.steps == 1:
+            gradient = _mean_gradient(adapter, batch, selection, aggregation)
+        else:
+            gradient = _local_training(adapter, batch, selection, aggregation)
     if not any(value.any() for value in gradient.values()):
-        raise DataError(f"every shared gradient (shared={shared!r}) is zero: the loss does not depend on it")
+        raise DataError(
+            f"every shared gradient (shared={shared!r}) is zero: the loss does not depend on it"
+            + (", or the learning rate is too small to move the weights" if aggregation.steps > 1 else "")
+        )
     class_labels = batch.targets if batch.targets.dim() == 1 else None
     return SharedGradient(
         gradient=gradient,
@@ -53,8 +80,66 @@ def capture_gradient(
         batch_size=batch.size,
         model=adapter.name,
         shared=shared,
+        defenses=("dropout(on)",) if dropout else (),
         layout=dict(batch.layout) if reveal_lengths else {},
         labels=class_labels if reveal_labels else None,
+        aggregation=aggregation,
+    )
+
+
+def _mean_gradient(
+    adapter: ModelAdapter, batch: Batch, selection: Selection, aggregation: Aggregation
+) -> dict[str, Tensor]:
+    """Return the mean over clients of the gradient of each one's mean loss."""
+    parameters = trainable(adapter, selection.names)
+    total: dict[str, Tensor] = {}
+    for (rows,) in aggregation.schedule(batch.size):
+        part = _part(batch, rows)
+        loss = adapter.shared_loss(part, adapter.input(part), parameters, selection)
+        for name, value in gradient_in(loss, parameters).items():
+            total[name] = total[name] + value if name in total else value  # out of place: gradients may share storage
+    if aggregation.clients == 1:
+        return total
+    return {name: value / aggregation.clients for name, value in total.items()}
+
+
+def _local_training(
+    adapter: ModelAdapter, batch: Batch, selection: Selection, aggregation: Aggregation
+) -> dict[str, Tensor]:
+    """Return the mean over clients of (theta_0 - theta_K) / (learning_rate K)."""
+    start = adapter.parameters()
+    # The client's model: a copy with trained parameters of its own, and all else shared.
+    kept = [*adapter.model.buffers(), *(p for p in adapter.model.parameters() if not p.requires_grad)]
+    kept.append(getattr(adapter, "tokenizer", None))
+    client = copy.deepcopy(adapter, {id(item): item for item in kept})
+    moving = {name: p for name, p in client.model.named_parameters() if p.requires_grad}
+    scale = aggregation.learning_rate * aggregation.steps * aggregation.clients
+    update: dict[str, Tensor] = {}
+    for steps in aggregation.schedule(batch.size):
+        with torch.no_grad():
+            for name, parameter in moving.items():
+                parameter.copy_(start[name])
+        for rows in steps:
+            part = _part(batch, rows)
+            loss = client.loss_through_lookup(part, client.input(part), {})  # x is read from the moving table
+            values = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+            with torch.no_grad():
+                for parameter, value in zip(moving.values(), values, strict=True):
+                    if value is not None:
+                        parameter.sub_(value, alpha=aggregation.learning_rate)
+            del loss, values  # before the next step, which needs the memory
+        for name in selection.names:
+            change = (start[name] - moving[name].detach()).div_(scale)
+            update[name] = update[name].add_(change) if name in update else change
+    return update
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of a batch, padding as it is."""
+    return Batch(
+        inputs={name: tensor[rows] for name, tensor in batch.inputs.items()},
+        targets=batch.targets[rows],
+        layout={name: tensor[rows] for name, tensor in batch.layout.items()},
     )
 
 
@@ -62,6 +147,15 @@ def trainable(adapter: ModelAdapter, names: tuple[str, ...]) -> dict[str, Tensor
     """Return the named parameters as fresh leaves that require gradients (same storage, model untouched)."""
     parameters = adapter.parameters()
     return {name: parameters[name].requires_grad_() for name in names}
+
+
+def gradient_in(loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
+    """Return d loss / d parameter by name; a parameter the loss does not use shares zeros, as clients do."""
+    values = torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if value is None else value
+        for (name, parameter), value in zip(parameters.items(), values, strict=True)
+    }
 
 
 def gradient_of(
@@ -83,6 +177,4 @@ def gradient_of(
     """
     parameters = trainable(adapter, names)
     loss = adapter.loss(x, targets, layout, parameters)
-    values = torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph, allow_unused=True)
-    gradient = {n: torch.zeros_like(parameters[n]) if v is None else v for n, v in zip(names, values, strict=True)}
-    return gradient, loss
+    return gradient_in(loss, parameters, create_graph=create_graph), loss

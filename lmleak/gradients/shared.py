@@ -6,11 +6,19 @@ metadata, all strings: ``format`` = "lmleak-gradient", ``version`` = "1", ``mode
 (which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application) and,
 unless it is one step of one client, ``aggregation`` (a JSON object with the fields of ``types.Aggregation``).
 Seeds of random defenses are never written: they would let the server subtract the noise.
+
+Who exports from a training loop of their own writes, per parameter: for one step (FedSGD), the gradient of the mean
+loss over the batch, as ``loss.backward()`` leaves it in ``.grad``; for several clients, the mean of theirs; for K
+local SGD steps (FedAvg), (weights before - weights after) / (learning_rate K), averaged over clients, with
+``aggregation`` = {"clients": C, "epochs": E, "steps_per_epoch": K / E, "learning_rate": lr} and ``batch_size`` over
+all clients and steps of one epoch. If a word table is tied to the output head, its gradient or update holds the
+looked-up rows and the head's part together: write ``shared`` = "all", which says so ("no-word-embeddings" promises
+the head's part alone, which only a pass over ``inputs_embeds`` gives). Gradients taken with dropout on have
+"dropout(on)" first among their ``defenses``.
 """
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmleak.errors import DataError
+from lmleak.files import write_atomically
 from lmleak.types import SINGLE_STEP, Aggregation, Observation
 
 FORMAT, VERSION = "lmleak-gradient", "1"
@@ -30,7 +39,8 @@ FORMAT, VERSION = "lmleak-gradient", "1"
 class SharedGradient:
     """A client's gradient with the public facts that travel with it.
 
-    ``gradient[name] = d L / d theta[name]`` for the mean loss L over one batch, after the named defenses.
+    ``gradient[name] = d L / d theta[name]`` for the mean loss L over one batch, or the update that ``aggregation``
+    describes in the same units, after the named defenses.
     """
 
     gradient: Mapping[str, Tensor]
@@ -58,6 +68,7 @@ class SharedGradient:
                     f"the gradient of {name!r} holds NaN or Inf; expected finite numbers. "
                     "Check the loss and the learning step that produced it."
                 )
+        self.aggregation.schedule(self.batch_size)  # refuses a batch that cannot be divided so
 
     @property
     def rms(self) -> float:
@@ -96,7 +107,6 @@ class SharedGradient:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the gradient as a safetensors file (format in the module's docstring), atomically."""
-        path = Path(path)
         tensors = {f"gradient/{name}": t.detach().cpu().contiguous() for name, t in self.gradient.items()}
         tensors |= {f"layout/{name}": t.cpu().contiguous() for name, t in self.layout.items()}
         if self.labels is not None:
@@ -107,16 +117,7 @@ class SharedGradient:
         }  # fmt: skip
         if self.aggregation != SINGLE_STEP:
             metadata["aggregation"] = json.dumps(asdict(self.aggregation))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return path
+        return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike, adapter=None) -> "SharedGradient":
@@ -199,8 +200,36 @@ class SharedGradient:
                 f"the gradient lacks {len(missing)} parameter(s) of shared={self.shared!r}, first {min(missing)!r}; "
                 f"was it captured from another model ({self.model!r}), or should its header name hide-layers?"
             )
+        if adapter.lookup_table() in self.gradient and inseparable_table(adapter, self.shared, self.aggregation):
+            raise DataError(
+                f"the update of {adapter.lookup_table()!r}, a table tied to the head, after {self.aggregation.steps} "
+                f"local steps is said to be the head's part alone (shared={self.shared!r}), which no training gives; "
+                "write shared='all', or leave the table out of the file and of the selection"
+            )
         for name, tensor in self.gradient.items():
             if tuple(tensor.shape) != shapes[name]:
                 raise DataError(
                     f"the gradient of {name!r} has shape {tuple(tensor.shape)}, the model's parameter {shapes[name]}"
                 )
+
+
+def inseparable_table(adapter, shared: str, aggregation: Aggregation) -> bool:
+    """Return whether a selection asks for the head's part of a tied table's update after several local steps.
+
+    For one step that part is the gradient at fixed x. Local steps move the one table by both parts together.
+
+    Args:
+        adapter: The model's adapter.
+        shared: The ``shared=`` specification.
+        aggregation: How the update is formed.
+
+    Returns:
+        True if what is asked for does not exist.
+    """
+    selection = adapter.select(shared)
+    return (
+        aggregation.steps > 1
+        and adapter.lookup_table_is_tied()
+        and adapter.lookup_table() in selection.names
+        and not selection.through_lookup
+    )

@@ -200,3 +200,20 @@ def test_a_checkpoint_without_a_head_needs_a_task(tmp_path):
 @pytest.mark.parametrize(("name", "task"), [(name, entry[0]) for name, entry in FAMILIES.items()])
 def test_the_task_is_read_from_the_class(name, task):
     assert adapt(build(name)[1]).task == task
+
+
+@pytest.mark.parametrize(
+    ("files", "text", "pieces"),
+    [
+        ({"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n##s\n"}, "Reds", ["[CLS]", "red", "##s", "[SEP]"]),
+        ({"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "#version: 0.2\na b\n"}, "aba", ["ab", "a"]),
+    ],
+)
+def test_a_folder_of_bare_vocabulary_files_is_a_tokenizer(tmp_path, files, text, pieces):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    shape = tmp_path / "shape.yaml"
+    sizes = "{n_embd: 8, n_layer: 2, n_head: 2, n_positions: 8, vocab_size: 6}"
+    shape.write_text(f"{{model_type: gpt2, task: causal-lm, config: {sizes}}}")
+    tokenizer = load_adapter(str(shape), tokenizer=str(tmp_path)).tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == pieces

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmleak.adapters import adapt
+from lmleak.adapters import adapt, load_adapter
 from lmleak.errors import ConfigError, UnsupportedModelError
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian
@@ -101,3 +101,34 @@ def test_a_model_without_lora_has_none_to_share():
     adapter = adapt(build("gpt2")[1])
     with pytest.raises(ConfigError, match="selects none"):
         adapter.select("lora")
+
+
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ("c_attn",)), ("bert", ("query", "value"))])
+def test_a_saved_folder_loads_with_its_base_model(tmp_path, name, targets):
+    wrapped = with_lora(name, targets).float()
+    task, plain = build(name)
+    plain.save_pretrained(tmp_path / "base")
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "lora")
+    from lmleak.adapters.load import _from_weights
+
+    with torch.random.fork_rng():  # as load_adapter does
+        model, found, _ = _from_weights(str(tmp_path / "lora"), "lora", None, None)
+    assert found == task
+    again, before = adapt(model), adapt(wrapped)
+    labels = LABELS if task == "sequence-classification" else None
+    a, b = (capture_gradient(side, side.batch(SEQUENCES, labels), shared="lora") for side in (again, before))
+    assert a.gradient.keys() == b.gradient.keys()
+    for key, value in b.gradient.items():
+        torch.testing.assert_close(a.gradient[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_folder_without_its_base_is_refused(tmp_path):
+    wrapped = with_lora()
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "nowhere")
+    wrapped.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_adapter(str(tmp_path / "lora"))
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="does not name its base model"):
+        load_adapter(str(tmp_path / "lora"))

@@ -11,6 +11,7 @@ from lmleak.adapters import adapt, load_adapter
 from lmleak.attacks.span import Span
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.capture import capture_gradient
+from lmleak.types import SINGLE_STEP, Aggregation
 from tests.families import FAMILIES, GPT2, LLAMA, OPT, SEQUENCES, build, make
 
 DECODERS = ("gpt2", "gpt2-untied", "gpt2-classifier", "opt", "gpt-neox", "llama", "llama-tied", "unlisted-gemma")
@@ -18,8 +19,10 @@ ENCODERS = ("bert", "distilbert", "roberta", "unlisted-electra")
 WITHOUT_LAST = sorted(tuple(s[:-1]) for s in SEQUENCES)
 
 
-def recover(adapter, batch, *, shared="no-word-embeddings", **options):
-    released = capture_gradient(adapter, batch, shared=shared, reveal_lengths=False, reveal_labels=False)
+def recover(adapter, batch, *, shared="no-word-embeddings", aggregation=SINGLE_STEP, **options):
+    released = capture_gradient(
+        adapter, batch, shared=shared, reveal_lengths=False, reveal_labels=False, aggregation=aggregation
+    )
     return Span(**options).run(adapter, released)
 
 
@@ -272,6 +275,19 @@ def test_beam_bounds_the_work_and_says_so():
 
 def test_every_family_is_either_attacked_or_refused():
     assert {*DECODERS, *ENCODERS, "bert-mlm"} == set(FAMILIES)
+
+
+# Several clients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt2-classifier"])
+def test_mean_of_several_clients(name):
+    adapter, batch = make(name, dtype=torch.float64, size=2)
+    first, second = [7, 12, 33, 41], [7, 12, 50, 8, 17, 28]
+    labels = [0, 2] if adapter.task == "sequence-classification" else None
+    batch = adapter.batch([first, second], labels)
+    found = recover(adapter, batch, aggregation=Aggregation(clients=2))
+    assert sorted(found.token_ids) == sorted(batch.token_ids)
 
 
 # Trained weights, real text -----------------------------------------------------------------------------------

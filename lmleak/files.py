@@ -1,0 +1,74 @@
+"""Writing files so that a reader sees the old one or the new one, never a part."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmleak.errors import ConfigError
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
+    """Let a function write a temporary file beside ``path``, then put it in place by one rename.
+
+    The file is readable by its owner alone, because most of what lmleak writes holds private text.
+
+    Args:
+        path: Where the file goes; its folder is created if absent.
+        write: Writes the content to the path it is given. If it raises, nothing has changed.
+
+    Returns:
+        The path. What the file system refuses is raised as ``OSError``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
+    """Write a text file in UTF-8 by :func:`write_atomically`."""
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def refuse_unwritable(path: str | os.PathLike, option: str) -> None:
+    """Refuse an output file that cannot be written, before the work whose result it is to hold.
+
+    Args:
+        path: The file; it need not exist, and its folder neither.
+        option: The setting that names it, for the message.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{option}={str(path)!r} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write {option}={str(path)!r}: {folder} is no folder that you may write in")
+
+
+@contextmanager
+def refused_writes() -> Iterator[None]:
+    """Turn what the file system refuses within into a refusal that the command line prints.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: In place of ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename or 'the output'}: {error.strerror or error}") from error

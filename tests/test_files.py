@@ -1,0 +1,48 @@
+"""Files appear whole or not at all."""
+
+import stat
+
+import pytest
+
+from lmleak.errors import ConfigError
+from lmleak.files import refuse_unwritable, write_atomically, write_text_atomically
+
+
+def test_a_file_and_its_folders_are_written(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    assert write_text_atomically(path, "Grüße\n") == path
+    assert path.read_text(encoding="utf-8") == "Grüße\n"
+    assert write_atomically(str(path), lambda temporary: temporary.write_bytes(b"\x00")) == path
+    assert path.read_bytes() == b"\x00"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = write_text_atomically(tmp_path / "file.txt", "old")
+
+    def half(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "\udcff")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for target in (path, tmp_path / "new.txt"):
+        with pytest.raises(OSError, match="disk full"):
+            write_text_atomically(target, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_what_cannot_be_written_is_refused_beforehand(tmp_path):
+    refuse_unwritable(tmp_path / "new" / "folder" / "file.txt", "output")
+    refuse_unwritable("file-in-the-current-folder.txt", "output")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+        refuse_unwritable(tmp_path, "output")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write reference=.* is no folder"):
+        refuse_unwritable(tmp_path / "file" / "below.txt", "reference")
