@@ -1,4 +1,4 @@
-"""The command line: lmleak audit | report.
+"""The command line: lmleak audit | report | capture | attack | score.
 
 Exit status: 0 done; 2 refused (wrong input or setting, nothing written); 3 the audit's ``fail_above`` gate failed.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from lmleak.errors import ConfigError, DataError, LmleakError
 from lmleak.lookup import suggest
@@ -23,6 +24,9 @@ USAGE = """usage: lmleak COMMAND [options]
 commands:
   audit    measure what a model's gradients leak of given texts, and write a report
   report   write the report again from the folder of an earlier audit
+  capture  write the gradient of private texts to a file, as a client would send it
+  attack   recover text from a gradient file alone
+  score    compare recovered texts with the private ones
 
 'lmleak COMMAND --help' lists the options. Exit status: 0 done, 2 refused, 3 more leaked than --fail-above allows.
 """
@@ -35,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     try:
+        for argument in argv:
+            _refuse_other_encodings(argument)
         return _command(argv[0])(argv[1:])
     except LmleakError as error:
         Console(stderr=True, soft_wrap=True).print("[bold red]refused:[/] ", end="")
@@ -43,10 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
-    commands = {"audit": audit, "report": report}
+    commands = {"audit": audit, "report": report, "capture": capture, "attack": attack, "score": score}
     if name not in commands:
         raise ConfigError(f"unknown command {name!r}. {suggest(name, commands)}")
     return commands[name]
+
+
+def _refuse_other_encodings(argument: str) -> None:
+    """Refuse an argument whose bytes are not UTF-8: it could be neither printed nor written to a file."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the argument {argument!a} is not UTF-8 text; convert it first") from error
 
 
 def audit(argv: Sequence[str]) -> int:
@@ -100,6 +114,48 @@ def report(argv: Sequence[str]) -> int:
     page = write_report(rows, meta, folder)
     Console().print(console_table(rows, meta))
     print(f"report: {page}")
+    return 0
+
+
+def capture(argv: Sequence[str]) -> int:
+    """Write a gradient file and, apart from it, the private reference."""
+    _quiet_libraries()
+    from lmleak.config import parse_config
+    from lmleak.evaluation import CaptureConfig, run_capture
+    from lmleak.report.recovery import capture_lines
+
+    config = parse_config(CaptureConfig, argv, prog="lmleak capture")
+    print(*capture_lines(run_capture(config)), sep="\n")
+    return 0
+
+
+def attack(argv: Sequence[str]) -> int:
+    """Recover text from a gradient file, write it, print a table."""
+    _quiet_libraries()
+    from lmleak.config import parse_config
+    from lmleak.evaluation import AttackConfig, run_recovery
+    from lmleak.report.recovery import recovery_lines, recovery_table
+
+    config = parse_config(AttackConfig, argv, prog="lmleak attack", positional=("gradient",))
+    with Console(stderr=True).status(Text(f"attacking {config.gradient} with {config.attack}")):
+        result = run_recovery(config)
+    Console().print(recovery_table(result))
+    print(*recovery_lines(result), sep="\n")
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    """Compare recovered texts with the private ones, print a table."""
+    _quiet_libraries()
+    from lmleak.config import parse_config
+    from lmleak.evaluation import ScoreConfig, run_score
+    from lmleak.report.recovery import score_notes, score_table
+
+    config = parse_config(ScoreConfig, argv, prog="lmleak score", positional=("recovered", "reference"))
+    result = run_score(config)
+    Console().print(score_table(result))
+    for note in score_notes(result):
+        print(note)
     return 0
 
 

@@ -31,13 +31,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def parse_config(config_class: type[T], argv: Sequence[str], *, prog: str = "lmleak") -> T:
-    """Return a configuration from ``[--config file.yaml] [--key value ...]``.
+def parse_config(
+    config_class: type[T], argv: Sequence[str], *, prog: str = "lmleak", positional: Sequence[str] = ()
+) -> T:
+    """Return a configuration from ``[--config file.yaml] [WORD ...] [--key value ...]``.
 
     Args:
         config_class: A flat dataclass; every field needs a default or must be given.
         argv: Arguments without the program's name.
         prog: The command's name in messages.
+        positional: Fields that may also be given as words without ``--key``, in this order.
 
     Returns:
         The instance, after its own ``__post_init__`` checks.
@@ -45,16 +48,23 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, prog: str = "lml
     Raises:
         ConfigError: On unknown keys, wrong types or an unreadable file.
     """
-    parser = _parser(config_class, prog)
+    parser = _parser(config_class, prog, positional)
     path, rest = _split_config(list(argv))
     settings = _yaml_settings(config_class, parser, path) if path else {}
     given, unknown = parser.parse_known_args(rest)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), unknown))[: len(positional)]
+    unknown = unknown[len(words) :]
     fields = dataclasses.fields(config_class)
     if unknown:
         key = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         raise ConfigError(f"unknown argument {unknown[0]!r}. {suggest(key, [*(f.name for f in fields), 'config'])}")
+    for name, word in zip(positional, words, strict=False):
+        if name in given:
+            raise ConfigError(f"{name} is given twice: {word!r} and --{name} {getattr(given, name)!r}")
+        settings[name] = _parse_one(parser, name, word)
     settings |= vars(given)
-    missing = [f"--{f.name}" for f in fields if _default(f) is dataclasses.MISSING and f.name not in settings]
+    required = [f.name for f in fields if _default(f) is dataclasses.MISSING and f.name not in settings]
+    missing = [name.upper() if name in positional else f"--{name}" for name in required]
     if missing:
         raise ConfigError(f"required: {', '.join(missing)} (see {prog} --help)")
     return config_class(**settings)
@@ -110,10 +120,6 @@ def _yaml_settings(config_class: type, parser: _Parser, path: str) -> dict[str, 
 
 def _read(parser: _Parser, key: str, value: Any, kind: dict[str, Any]) -> Any:
     """Return one YAML value as the parser reads it."""
-
-    def parse(argument: str) -> Any:
-        return vars(parser.parse_args([argument]))[key]
-
     if isinstance(value, dict):
         raise ConfigError(f"{key} holds a mapping; settings are flat")
     if isinstance(value, list):
@@ -121,12 +127,17 @@ def _read(parser: _Parser, key: str, value: Any, kind: dict[str, Any]) -> Any:
             raise ConfigError(f"{key} takes one value, got a list of {len(value)}")
         if any(v is None or isinstance(v, bool | dict | list) for v in value):
             raise ConfigError(f"{key} must be a flat list of numbers or words")
-        return [item for v in value for item in parse(f"--{key}={v}")]  # item by item: one may begin with a dash
+        return [item for v in value for item in _parse_one(parser, key, v)]  # item by item: one may begin with a dash
     if isinstance(value, bool) and "action" in kind:
         return value
     if isinstance(value, bool):
         raise ConfigError(f"{key}: {value} is read as a truth value; quote it if a word is meant")
-    return parse(f"--{key}={value}")
+    return _parse_one(parser, key, value)
+
+
+def _parse_one(parser: _Parser, key: str, value: Any) -> Any:
+    """Return a value as the parser reads it where it is given as ``--key=value``."""
+    return vars(parser.parse_args([f"--{key}={value}"]))[key]
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -134,10 +145,11 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _parser(config_class: type, prog: str) -> _Parser:
+def _parser(config_class: type, prog: str, positional: Sequence[str]) -> _Parser:
     """Return a parser with one option per field, named --field-name (or --field_name)."""
     parser = _Parser(
         prog=prog,
+        usage=" ".join([prog, *map(str.upper, positional), "[--key value ...]"]) if positional else None,
         description=(inspect.getdoc(config_class) or "").partition("\n")[0],
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # a field that is not given keeps the dataclass's default

@@ -6,7 +6,9 @@ literally without escapes, so that a regular expression is written as it is. Not
 """
 
 import ast
+import numbers
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import TypeVar
@@ -80,7 +82,38 @@ def _build(name: str, arguments: str, kind: str, table: Mapping[str, type[T]]) -
     required = [k for k, f in expected.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [key for key in required if key not in settings]:
         raise ConfigError(f"{name} needs {missing[0]}=...; write for instance {example}")
+    refuse_wrong_kinds(name, chosen, settings, example)
     return chosen(**settings)
+
+
+def refuse_wrong_kinds(name: str, chosen: type, settings: Mapping[str, object], example: str) -> None:
+    """Refuse a word where a dataclass expects a number or a truth value; ranges and words are its own to check.
+
+    Args:
+        name: What is being made, for the message.
+        chosen: The dataclass.
+        settings: Its arguments.
+        example: A valid specification, for the message.
+
+    Raises:
+        ConfigError: On the first argument of the wrong kind.
+    """
+    hints = typing.get_type_hints(chosen)
+    for key, value in settings.items():
+        kinds = set(typing.get_args(hints[key])) or {hints[key]}  # the members of a union, or the type itself
+        if value is None and type(None) in kinds:
+            continue
+        kinds.discard(type(None))
+        if kinds == {bool}:
+            expected, fits = "true or false", isinstance(value, bool)
+        elif kinds == {int}:
+            expected, fits = "an integer", isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        elif kinds <= {int, float}:
+            expected, fits = "a number", isinstance(value, numbers.Real) and not isinstance(value, bool)
+        else:
+            continue
+        if not fits:
+            raise ConfigError(f"{name}: {key} must be {expected}, got {value!r}; write for instance {example}")
 
 
 def _arguments(name: str, text: str, example: str) -> Iterator[tuple[str, object]]:

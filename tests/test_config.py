@@ -230,6 +230,58 @@ def test_required_settings_and_checks_of_the_class(parse):
         parse("model: x\nsteps: 0", config_class=Required)
 
 
+@dataclass
+class Positional:
+    """Some words need no option."""
+
+    source: str
+    """Where from."""
+    count: int
+    """How many."""
+    texts: list[str] = field(default_factory=list)
+    """Texts."""
+    seed: int = 0
+    """Seed."""
+
+
+def positional(*argv):
+    return parse_config(Positional, argv, positional=("source", "count"))
+
+
+def test_words_fill_the_positional_fields_in_order(tmp_path):
+    expected = Positional("a", 3, seed=1)
+    for argv in (["a", "3", "--seed", "1"], ["--seed", "1", "a", "3"], ["a", "--seed", "1", "3"],
+                 ["--count", "3", "a", "--seed=1"], ["--source=a", "--count=3", "--seed=1"]):  # fmt: skip
+        assert positional(*argv) == expected, argv
+    path = tmp_path / "run.yaml"
+    path.write_text("source: b\ncount: 3\nseed: 1\n")
+    assert positional("a", "--config", str(path)) == expected
+    assert positional("--config", str(path)) == Positional("b", 3, seed=1)
+    assert positional("a", "3", "--texts", "b", "c") == Positional("a", 3, ["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a"], "required: COUNT"),
+        ([], "required: SOURCE, COUNT"),
+        (["a", "many"], "count: invalid int value: 'many'"),
+        (["a", "3", "extra"], "unknown argument 'extra'"),
+        (["a", "3", "--sed", "1"], "unknown argument '--sed'. Did you mean 'seed'"),
+        (["a", "3", "--source", "b"], "source is given twice"),
+    ],
+)
+def test_words_that_cannot_be_right_are_refused(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        positional(*argv)
+
+
+def test_help_shows_positional_words(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Positional, ["--help"], prog="lmleak p", positional=("source", "count"))
+    assert "usage: lmleak p SOURCE COUNT [--key value ...]" in capsys.readouterr().out
+
+
 def test_help_says_what_every_field_means(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_config(Study, ["--help"], prog="lmleak study")

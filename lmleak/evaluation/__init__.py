@@ -1,11 +1,21 @@
 """Floor 4: runs one configuration over examples and processes."""
 
 from lmleak.evaluation.audit import AuditConfig, AuditResult, run_audit
+from lmleak.evaluation.capture import CaptureConfig, CaptureResult, run_capture
 from lmleak.evaluation.example import ExampleEvaluator, ExampleSettings
+from lmleak.evaluation.recover import (
+    AttackConfig,
+    AttackResult,
+    ScoreConfig,
+    ScoreResult,
+    run_recovery,
+    run_score,
+)
 from lmleak.evaluation.run import process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
 
 __all__ = [
-    "AuditConfig", "AuditResult", "ExampleEvaluator", "ExampleSettings", "ResultFolder", "process_state", "run_audit",
-    "run_items",
+    "AttackConfig", "AttackResult", "AuditConfig", "AuditResult", "CaptureConfig", "CaptureResult", "ExampleEvaluator",
+    "ExampleSettings", "ResultFolder", "ScoreConfig", "ScoreResult", "process_state", "run_audit", "run_capture",
+    "run_items", "run_recovery", "run_score",
 ]  # fmt: skip

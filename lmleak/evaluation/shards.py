@@ -6,13 +6,13 @@ absent), ``results.jsonl`` (all rows in item order, written only when everything
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 from lmleak.errors import ConfigError, DataError
+from lmleak.files import write_text_atomically
 
 
 class ResultFolder:
@@ -59,8 +59,8 @@ class ResultFolder:
             raise ConfigError(f"cannot create the output folder {self.path}: {error.strerror or error}") from error
         for shard in self.shards.glob("rank-*.jsonl"):
             _drop_torn_line(shard)
-        write_atomically(identified, yaml.safe_dump(self.identity, sort_keys=False))
-        write_atomically(saved, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        write_text_atomically(identified, yaml.safe_dump(self.identity, sort_keys=False))
+        write_text_atomically(saved, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
     def finished(self) -> dict[int, list[dict]]:
         """Return the rows of every finished item by item number."""
@@ -104,21 +104,8 @@ class ResultFolder:
             raise DataError(f"{len(missing)} item(s) did not finish, first {missing[0]}; run again to resume")
         rows = [row for i in sorted(done) for row in done[i]]
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.path / "results.jsonl", text)
+        write_text_atomically(self.path / "results.jsonl", text)
         return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _drop_torn_line(shard: Path) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -191,8 +192,8 @@ class InfluenceSolver:
         Raises:
             ConfigError: If a level is negative or not finite.
         """
-        if not all(math.isfinite(std) and std >= 0 for std in noise_stds):
-            raise ConfigError(f"noise_std must be finite and >= 0, got {list(noise_stds)}")
+        if not all(isinstance(std, Real) and math.isfinite(std) and std >= 0 for std in noise_stds):
+            raise ConfigError(f"noise_std must be a finite number >= 0, got {list(noise_stds)}")
         dampings = [self.default_damping] if dampings is None else list(dampings)
         response = self.respond(self.noise(), dampings)
         return [[response.influence(d, scale=std) for d in dampings] for std in noise_stds]

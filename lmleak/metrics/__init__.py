@@ -4,8 +4,17 @@ The functions in :mod:`lmleak.metrics.text` and :mod:`lmleak.metrics.agreement` 
 call them.
 """
 
-from lmleak.metrics.agreement import Correlation, Interval, bootstrap_mean, rank_correlation
+from lmleak.metrics.agreement import (
+    Correlation,
+    Interval,
+    PairedDifference,
+    bootstrap_mean,
+    paired_bootstrap,
+    rank_correlation,
+)
+from lmleak.metrics.entities import entities, entity_recall
 from lmleak.metrics.evaluate_modules import METRICS, load
+from lmleak.metrics.lamp import LampScores, lamp_score_strings, lamp_scores, with_special_tokens
 from lmleak.metrics.matching import match
 from lmleak.metrics.score import (
     ExampleScore,
@@ -17,6 +26,7 @@ from lmleak.metrics.score import (
 )
 from lmleak.metrics.text import (
     Rouge,
+    edit_distance,
     embedding_rmse,
     exact_match,
     google_bleu,
@@ -35,15 +45,23 @@ __all__ = [
     "Correlation",
     "ExampleScore",
     "Interval",
+    "LampScores",
+    "PairedDifference",
     "RecoveryScores",
     "Rouge",
     "TextScore",
     "bootstrap_mean",
+    "edit_distance",
     "embedding_rmse",
+    "entities",
+    "entity_recall",
     "exact_match",
     "google_bleu",
+    "lamp_score_strings",
+    "lamp_scores",
     "load",
     "match",
+    "paired_bootstrap",
     "position_accuracy",
     "rank_correlation",
     "rouge",
@@ -55,5 +73,6 @@ __all__ = [
     "token_precision",
     "token_recall",
     "unicode_words",
+    "with_special_tokens",
     "words_and_punctuation",
 ]

@@ -9,9 +9,11 @@ from statistics import fmean
 from torch import Tensor
 
 from lmleak.errors import DataError
+from lmleak.metrics.entities import entity_recall
 from lmleak.metrics.matching import match
 from lmleak.metrics.text import (
     Tokens,
+    edit_distance,
     exact_match,
     google_bleu,
     pooled_rmse,
@@ -28,7 +30,7 @@ from lmleak.types import Reconstruction, TextBatch
 
 @dataclass(frozen=True)
 class RecoveryScores:
-    """The numbers, in [0, 1] with 1 a perfect recovery; the embedding error alone has units."""
+    """The numbers, in [0, 1] with 1 a perfect recovery; ``embedding_rmse`` and ``edit_distance`` are errors."""
 
     rouge1: float
     """ROUGE-1 F-measure over the words of the text (see :func:`lmleak.metrics.text.rouge`)."""
@@ -46,6 +48,10 @@ class RecoveryScores:
     """Sentence-level GLEU over words and punctuation marks, case kept."""
     embedding_rmse: float | None
     """Error per coordinate of x, comparable with ``rms`` of an influence; None where not measurable."""
+    edit_distance: float
+    """Tokens to insert, delete or replace, over the longer length: an error in [0, 1], 0 a perfect recovery."""
+    entity_recall: float | None
+    """Share of the reference's names and numbers in the prediction; None if the reference holds none."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class TextScore(RecoveryScores):
     """The mean over the private texts; the embedding error pools all coordinates.
 
     ``embedding_rmse`` is None unless every private text has one: an average over only those sequences whose
-    length the attack got right would flatter it.
+    length the attack got right would flatter it. ``entity_recall`` is the mean over those texts that hold a name or
+    a number, None if none does.
     """
 
     num_references: int
@@ -88,7 +95,7 @@ class TextScore(RecoveryScores):
 
 MEANS = ("rouge1", "rouge2", "rougeL", "token_precision", "token_recall", "token_f1", "position_accuracy",
          "exact_match", "google_bleu")  # fmt: skip
-"""The scores that a set of texts averages."""
+"""The shares of recovery, 1 the best, that a set of texts averages."""
 
 
 def score_text(
@@ -129,26 +136,41 @@ def score_text(
     return _score(answer, truth, words, with_ids=True)
 
 
-def score_strings(predictions: Sequence[str], references: Sequence[str], *, words: str = "latin") -> TextScore:
-    """Score recovered strings where no token ids are at hand; tokens are then what white space separates.
+def score_strings(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    predicted_ids: Sequence[Sequence[int]] | None = None,
+    true_ids: Sequence[Sequence[int]] | None = None,
+    words: str = "latin",
+) -> TextScore:
+    """Score recovered strings where no reconstruction is at hand.
 
     Args:
         predictions: Recovered texts, any number, in any order.
         references: True texts, special tokens removed on both sides.
+        predicted_ids: Token ids per prediction. Give ids of one tokenizer for both sides or for neither; without
+            them, tokens are what white space separates.
+        true_ids: Token ids per reference.
         words: How texts are cut for ROUGE: "latin" (published numbers) or "unicode" (any script).
 
     Returns:
-        The scores, as in :func:`score_text`; ``token_ids`` and ``embedding_rmse`` are None.
+        The scores, as in :func:`score_text`; ``embedding_rmse`` is None, and without ids ``token_ids`` too.
 
     Raises:
-        DataError: If there is no reference, or a string is given where a list of strings belongs.
+        DataError: If there is no reference, a string is given where a list of strings belongs, or ids come for one
+            side only or in another number than the texts.
     """
     for name, value in (("predictions", predictions), ("references", references)):
         if isinstance(value, str):
             raise DataError(f"{name} must be a list of strings, got one string; write [{name[:-1]}]")
-    truth = _Sequences("references", references, [text.split() for text in references])
-    answer = _Sequences("predictions", predictions, [text.split() for text in predictions])
-    return _score(answer, truth, words, with_ids=False)
+    if (predicted_ids is None) != (true_ids is None):
+        raise DataError("got token ids for one side only; give predicted_ids= and true_ids=, or neither")
+    with_ids = predicted_ids is not None
+    split = [[text.split() for text in texts] for texts in (predictions, references)]
+    predicted, true = map(_integers, (predicted_ids, true_ids)) if with_ids else split
+    truth, answer = _Sequences("references", references, true), _Sequences("predictions", predictions, predicted)
+    return _score(answer, truth, words, with_ids=with_ids)
 
 
 @dataclass(frozen=True)
@@ -202,9 +224,12 @@ def _score(answer: _Sequences, truth: _Sequences, words: str, *, with_ids: bool)
                 token_ids=tuple(tokens) if with_ids else None,
             )
         )
+    known = [example.entity_recall for example in examples if example.entity_recall is not None]
     return TextScore(
         **{name: fmean(getattr(example, name) for example in examples) for name in MEANS},
         embedding_rmse=pooled_rmse(errors),
+        edit_distance=fmean(example.edit_distance for example in examples),
+        entity_recall=fmean(known) if known else None,
         num_references=len(truth.texts),
         num_predictions=len(answer.texts),
         per_example=tuple(examples),
@@ -222,6 +247,8 @@ def _pair_scores(text: str, tokens: Tokens, true_text: str, true_tokens: Tokens,
         "position_accuracy": position_accuracy(tokens, true_tokens),
         "exact_match": exact_match(tokens, true_tokens),
         "google_bleu": google_bleu(words_and_punctuation(text), words_and_punctuation(true_text)),
+        "edit_distance": edit_distance(tokens, true_tokens),
+        "entity_recall": entity_recall(text, true_text),
         "correct": correct,
         "in_bag": in_bag,
     }

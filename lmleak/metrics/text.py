@@ -1,7 +1,7 @@
 """What an attack got right, as plain functions of one prediction and its reference.
 
-All but the embedding error lie in [0, 1] and follow one convention: a prediction equal to its reference
-scores 1, also when both are empty; otherwise an empty prediction or an empty reference scores 0. Special
+All but the two errors (of embeddings, and the edit distance) lie in [0, 1] and follow one convention: a prediction
+equal to its reference scores 1, also when both are empty; otherwise an empty prediction or reference scores 0. Special
 tokens and padding must be removed first: [CLS] and [SEP] left in both texts give two unrelated seven-word
 sentences a ROUGE-1 of 2/9 (published BERT figures carry that floor).
 """
@@ -54,6 +54,31 @@ def position_accuracy(prediction: Tokens, reference: Tokens) -> float:
 def exact_match(prediction: Tokens, reference: Tokens) -> float:
     """Return 1 if the two sequences are the same tokens in the same order, else 0."""
     return float(list(prediction) == list(reference))
+
+
+def edit_distance(prediction: Tokens, reference: Tokens) -> float:
+    """Return the normalised edit distance ``d(p, r) / max(len p, len r)``: 0 is a perfect recovery, 1 the worst.
+
+    d is the least number of tokens inserted, deleted or replaced that turns one sequence into the other:
+    ``d[i, j] = min(d[i-1, j] + 1, d[i, j-1] + 1, d[i-1, j-1] + [p_i != r_j])`` with d[i, 0] = i and d[0, j] = j.
+
+    Source: Levenshtein 1966; Wagner and Fischer 1974 for the recursion.
+
+    Args:
+        prediction: Recovered tokens.
+        reference: True tokens.
+
+    Returns:
+        The distance, symmetric in its two sequences; 0 if both are empty, 1 if one is.
+    """
+    if not len(prediction) and not len(reference):
+        return 0.0
+    row = list(range(len(reference) + 1))  # d[i, :] for growing i
+    for i, predicted in enumerate(prediction, 1):
+        before, row[0] = row[0], i
+        for j, true in enumerate(reference, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (predicted != true))
+    return row[-1] / max(len(prediction), len(reference))
 
 
 def google_bleu(prediction: Tokens, reference: Tokens, max_order: int = 4) -> float:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lmleak.files import write_atomically
 from lmleak.report import figures, listings, provenance, sections
 from lmleak.report.drawing import encode
 from lmleak.report.rows import Row
@@ -51,7 +53,7 @@ def write_report(rows: Sequence[Row], meta: Mapping[str, Any], folder: str | os.
         if content is None:  # nothing to draw: leave no figure of an earlier run beside this page
             (folder / name).unlink(missing_ok=True)
         else:
-            _replace(folder / name, content)
+            write_atomically(folder / name, partial(Path.write_bytes, data=content))
     return folder / "report.html"
 
 
@@ -114,14 +116,3 @@ def strict_json(value: Any) -> str:
         return [finite(entry) for entry in item] if isinstance(item, (list, tuple)) else item
 
     return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in place as a whole: a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

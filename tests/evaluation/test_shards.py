@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lmleak.errors import ConfigError, DataError
-from lmleak.evaluation.shards import ResultFolder, write_atomically
+from lmleak.evaluation.shards import ResultFolder
 
 
 def folder(path, **config):
@@ -88,16 +88,6 @@ def test_nan_never_reaches_the_disk(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.append(0, 0, [row(float("nan"))])
     assert run.finished() == {}
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file.txt"
-    write_atomically(path, "old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_other_weights_or_texts_under_the_same_settings_are_refused(tmp_path):

@@ -7,10 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_rel
 
 from lmleak.errors import ConfigError, DataError
-from lmleak.metrics import Correlation, Interval, agreement, bootstrap_mean, rank_correlation
+from lmleak.metrics import (
+    Correlation,
+    Interval,
+    PairedDifference,
+    agreement,
+    bootstrap_mean,
+    paired_bootstrap,
+    rank_correlation,
+)
 
 small = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12)
 
@@ -181,3 +189,66 @@ def test_huge_values_do_not_overflow():
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_paired_difference_is_the_bootstrap_of_the_differences():
+    first, second = np.random.default_rng(0).uniform(size=(2, 30))
+    paired, alone = paired_bootstrap(first, second, seed=4), bootstrap_mean(first - second, seed=4)
+    assert isinstance(paired, PairedDifference)
+    assert (paired.value, paired.low, paired.high) == (alone.value, alone.low, alone.high)
+    assert paired.value == pytest.approx(first.mean() - second.mean(), abs=1e-15)
+    assert paired == paired_bootstrap(first, second, seed=4)
+    swapped = paired_bootstrap(second, first, seed=4)
+    assert (swapped.value, swapped.low, swapped.high) == pytest.approx((-paired.value, -paired.high, -paired.low))
+    assert swapped.p_value == paired.p_value
+
+
+def test_what_makes_an_example_easy_for_both_cancels():
+    generator = np.random.default_rng(0)
+    easy = generator.uniform(0, 0.9, size=40)
+    result = paired_bootstrap(easy + 0.05 + 0.01 * generator.normal(size=40), easy)
+    assert result.p_value == 1 / 2001  # as small as 2000 resamples can say
+    assert 0.04 < result.low < 0.05 < result.high < 0.06
+    spread = easy.std() / math.sqrt(40)
+    assert result.high - result.low < 0.2 * spread
+
+
+def test_p_value_agrees_with_the_paired_t_test():
+    generator = np.random.default_rng(3)
+    for shift in (0.0, 0.1, 0.2, 0.3):
+        first, second = generator.normal(size=(2, 200)) * 0.7
+        ours = paired_bootstrap(first + shift, second, resamples=20000)
+        assert ours.p_value == pytest.approx(ttest_rel(first + shift, second).pvalue, abs=0.02)
+
+
+def test_p_value_is_uniform_where_there_is_no_difference():
+    generator, runs, below = np.random.default_rng(0), 300, {0.05: 0, 0.5: 0}
+    for run in range(runs):
+        groups = np.repeat(np.arange(25), 4)
+        difference = generator.normal(size=25)[groups] + 0.3 * generator.normal(size=100)
+        p_value = paired_bootstrap(difference, np.zeros(100), groups=groups, resamples=400, seed=run).p_value
+        for level in below:
+            below[level] += p_value <= level
+    assert 0.02 <= below[0.05] / runs <= 0.10
+    assert 0.42 <= below[0.5] / runs <= 0.58
+
+
+def test_two_attacks_that_score_the_same():
+    same = paired_bootstrap([0.2, 0.8, 0.5], [0.2, 0.8, 0.5])
+    assert (same.value, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    balanced = paired_bootstrap([1.0, 0.0], [0.0, 1.0])
+    assert (balanced.value, balanced.p_value) == (0.0, 1.0)
+
+
+def test_paired_refusals():
+    with pytest.raises(DataError, match=r"first has 2 row\(s\) and second 1"):
+        paired_bootstrap([1, 2], [1])
+    with pytest.raises(DataError, match="at least one row"):
+        paired_bootstrap([], [])
+    with pytest.raises(DataError, match="second holds 1 NaN"):
+        paired_bootstrap([1, 2], [1, math.nan])
+    with pytest.raises(ConfigError, match="confidence"):
+        paired_bootstrap([1, 2], [1, 2], confidence=95)
+    single = paired_bootstrap([1.0, 0.5], [0.0, 0.0], groups=["a", "a"])
+    assert (single.value, single.low, single.p_value) == (0.75, None, None)
+    assert "one group" in single.reason

@@ -53,6 +53,8 @@ sequence = st.lists(st.integers(0, len(VOCABULARY) - 1), max_size=6).map(tuple)
 def test_perfect_recovery_is_one_everywhere_in_any_order():
     score = score_text(reconstruction(SECOND, FIRST), batch(FIRST, SECOND))
     assert set(numbers(score).values()) == {1.0}
+    assert (score.edit_distance, score.entity_recall) == (0.0, 1.0)  # "call Ana now": one name
+    assert [example.entity_recall for example in score.per_example] == [None, 1.0]
     assert [example.prediction for example in score.per_example] == [1, 0]
     assert score.num_references == score.num_predictions == 2
     assert all(all(example.correct) and all(example.in_bag) for example in score.per_example)
@@ -61,6 +63,8 @@ def test_perfect_recovery_is_one_everywhere_in_any_order():
 def test_disjoint_recovery_is_zero_everywhere():
     score = score_text(reconstruction((5, 6), (7, 7)), batch((0, 1, 2), (3, 4)))
     assert set(numbers(score).values()) == {0.0}
+    assert score.edit_distance == 1.0
+    assert score.entity_recall is None  # there was none to find
 
 
 def test_by_hand():
@@ -75,6 +79,8 @@ def test_by_hand():
     assert score.rouge2 == pytest.approx((2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)) / 2)
     # n-grams: 4 words and 3 + 2 + 1 = 10, against 5 + 4 + 3 + 2 = 14; shared: 4 words, 2 pairs, 1 triple
     assert score.google_bleu == pytest.approx((7 / 14) / 2)
+    assert score.edit_distance == pytest.approx((1 / 5 + 1) / 2)  # one token to insert; all four missing
+    assert score.entity_recall == 0.0  # "Ana" is in the second text
     first, second = score.per_example
     assert (first.prediction, first.text, first.token_ids) == (0, "my pin is two", (0, 1, 2, 4))
     assert first.correct == (True, True, True, False, False)
@@ -95,6 +101,7 @@ def test_an_attack_that_found_nothing():
         score = score_text(nothing, batch(FIRST, SECOND))
         assert set(numbers(score).values()) == {0.0}
         assert score.embedding_rmse is None
+        assert (score.edit_distance, score.entity_recall) == (1.0, 0.0)
 
 
 def test_special_tokens_give_no_floor():
@@ -106,7 +113,7 @@ def test_special_tokens_give_no_floor():
 @given(st.lists(sequence, max_size=4), st.lists(sequence, min_size=1, max_size=4), st.randoms())
 def test_order_never_matters_and_scores_stay_in_the_unit_interval(predictions, references, random):
     score = score_text(reconstruction(*predictions), batch(*references))
-    assert all(0.0 <= value <= 1.0 for value in numbers(score).values())
+    assert all(0.0 <= value <= 1.0 for value in [*numbers(score).values(), score.edit_distance])
     assert set(numbers(score_text(reconstruction(*references), batch(*references))).values()) == {1.0}
     shuffled = list(predictions)
     random.shuffle(shuffled)
@@ -152,7 +159,8 @@ def test_to_dict_is_json_without_tensors():
     flat = score_text(attack, batch(FIRST, SECOND), true).to_dict()
     assert json.loads(json.dumps(flat, allow_nan=False)) == flat
     assert {"rouge1", "rouge2", "rougeL", "token_precision", "token_recall", "token_f1", "position_accuracy",
-            "exact_match", "google_bleu", "embedding_rmse", "num_references", "per_example"} <= set(flat)  # fmt: skip
+            "exact_match", "google_bleu", "embedding_rmse", "edit_distance", "entity_recall", "num_references",
+            "per_example"} <= set(flat)  # fmt: skip
     assert flat["embedding_rmse"] is None
     assert flat["per_example"][0]["embedding_rmse"] == 1.0
     assert flat["per_example"][0]["token_ids"] == list(FIRST)
@@ -175,6 +183,17 @@ def test_strings():
     assert score.embedding_rmse is None
     assert score_strings(["CALL"], ["call"]).exact_match == 0.0  # tokens keep their case, ROUGE words do not
     assert score_strings(["CALL"], ["call"]).rouge1 == 1.0
+
+
+def test_strings_with_token_ids_score_as_a_reconstruction_does():
+    predictions, references = [SECOND, (0, 1, 4)], [FIRST, SECOND]
+    expected = score_text(reconstruction(*predictions), batch(*references))
+    texts = [list(map(decode, side)) for side in (predictions, references)]
+    assert score_strings(*texts, predicted_ids=predictions, true_ids=references) == expected
+    with pytest.raises(DataError, match="one side only"):
+        score_strings(*texts, true_ids=references)
+    with pytest.raises(DataError, match=r"2 text\(s\) but 1 token sequence\(s\) as predictions"):
+        score_strings(*texts, predicted_ids=[FIRST], true_ids=references)
 
 
 def test_strings_of_other_scripts():

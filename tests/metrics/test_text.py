@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.metrics.distance import edit_distance as nltk_edit_distance
 from nltk.translate.gleu_score import sentence_gleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from lmleak.metrics import (
+    edit_distance,
     embedding_rmse,
     exact_match,
     google_bleu,
@@ -66,6 +68,33 @@ def test_google_bleu_by_hand():
 def test_google_bleu_is_that_of_nltk(prediction, reference):
     if prediction or reference:
         assert google_bleu(prediction, reference) == pytest.approx(sentence_gleu([reference], prediction))
+
+
+def test_edit_distance_by_hand():
+    assert edit_distance("kitten", "sitting") == 3 / 7
+    assert edit_distance([9, 1, 2, 3], [1, 2, 3]) == 1 / 4  # shifted by one: a single deletion
+    assert edit_distance([], []) == 0.0
+    assert edit_distance([], [1]) == edit_distance([1], []) == 1.0
+
+
+@settings(deadline=None)
+@given(tokens, tokens, tokens)
+def test_edit_distance_is_a_distance_and_that_of_nltk(prediction, reference, third):
+    longer = max(len(prediction), len(reference))
+    distance = edit_distance(prediction, reference)
+    assert distance * longer == pytest.approx(nltk_edit_distance(prediction, reference))
+    assert 0.0 <= distance <= 1.0
+    assert (distance == 0.0) == (prediction == reference)
+    assert distance == edit_distance(reference, prediction)
+    # Replacing position by position is one way to edit, and tokens that the other side lacks must all go.
+    assert distance * longer <= longer - sum(p == r for p, r in zip(prediction, reference, strict=False)) + 1e-12
+    if longer:
+        assert distance >= 1 - token_overlap(prediction, reference) / longer - 1e-12
+    unnormalised = [
+        edit_distance(a, b) * max(len(a), len(b))
+        for a, b in ((prediction, third), (prediction, reference), (reference, third))
+    ]
+    assert unnormalised[0] <= unnormalised[1] + unnormalised[2] + 1e-12
 
 
 def test_rouge_by_hand():

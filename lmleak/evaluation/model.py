@@ -1,0 +1,55 @@
+"""The settings that name a model, for the commands that work on one gradient, and its loading."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from lmleak.adapters import TextAdapter, load_adapter
+from lmleak.errors import ConfigError, UnsupportedModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and where it runs."""
+
+    model: str
+    """Embedded name (reference-bert, reference-gpt2), local directory, shape file (.yaml) or hub id."""
+    task: str | None = None
+    """sequence-classification, causal-lm or masked-lm; if not given, what the gradient or the model says."""
+    tokenizer: str | None = None
+    """Name or directory of the tokenizer, if it is not beside the model."""
+    weights_seed: int = 0
+    """Seed of random weights (shape files, a head that the checkpoint lacks); the same in capture and attack."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def load_text_model(config: ModelConfig, *, task: str | None = None) -> TextAdapter:
+    """Load the model that a configuration names.
+
+    Args:
+        config: The settings.
+        task: The task where the settings name none; None reads it from the model.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ConfigError: If the device is absent or no device.
+        UnsupportedModelError: If it is no language model.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r} is not known; write cpu, cuda or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but no CUDA device is available; use device=cpu")
+    disable_progress_bar()  # of weight loading; it says nothing about the work
+    adapter = load_adapter(
+        config.model, task=config.task or task, tokenizer=config.tokenizer, device=device, seed=config.weights_seed
+    )
+    if not isinstance(adapter, TextAdapter):
+        raise UnsupportedModelError(f"lmleak recovers text; {config.model!r} is of task {adapter.task!r}")
+    return adapter
