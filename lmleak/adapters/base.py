@@ -4,6 +4,7 @@ Nothing here knows text or images. A concrete adapter says what x is for a batch
 """
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lmleak.adapters.structure import Selection, select_parameters
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch
 
+DIGEST_ENTRIES = 64  # per parameter, evenly spaced: any training step changes nearly all
 TRAINING_WRAPPERS = {
     "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "GradSampleModule",
 }  # fmt: skip
@@ -122,6 +124,15 @@ class ModelAdapter(ABC):
         if selection.through_lookup:
             return self.loss_through_lookup(batch, x, parameters)
         return self.loss(x, batch.targets, batch.layout, parameters)
+
+    def weights_digest(self) -> str:
+        """Return a short digest of the weights: names, shapes and some entries of every parameter, in float32."""
+        digest = hashlib.sha256()
+        for name, p in self.model.named_parameters():
+            flat = p.detach().flatten()
+            some = flat[:: max(1, len(flat) // DIGEST_ENTRIES)].float().cpu()
+            digest.update(f"{name}{tuple(p.shape)}".encode() + some.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from lmleak.adapters.text import TextAdapter
 from lmleak.attacks import Attack
 from lmleak.defenses import Defense, GaussianNoise, LaplaceNoise, derived_seed
 from lmleak.errors import UnsupportedCombinationError
+from lmleak.evaluation.features import feature_mse
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import (
     ExpectedInfluence,
@@ -196,9 +198,12 @@ class ExampleEvaluator:
             return {"refused": str(error)}
         mask = batch.layout["attention_mask"].bool()
         true_inputs = [x[m] for x, m in zip(self.adapter.input(batch), mask, strict=True)]
-        scores = score_text(recovered, batch, true_inputs).to_dict()
+        score = score_text(recovered, batch, true_inputs)
+        features = feature_mse(self.adapter, batch, recovered, score)
+        scores = score.to_dict()
         examples = scores.pop("per_example")
         return scores | {
+            "feature_mse": None if None in features else fmean(features),
             "texts": [e["text"] for e in examples],
             "per_example": [
                 {"text": e["text"], "token_correct": e["correct"], "token_in_bag": e["in_bag"]} for e in examples

@@ -79,6 +79,7 @@ def capture_gradient(
         task=adapter.task,
         batch_size=batch.size,
         model=adapter.name,
+        weights=adapter.weights_digest(),
         shared=shared,
         defenses=("dropout(on)",) if dropout else (),
         layout=dict(batch.layout) if reveal_lengths else {},

@@ -3,8 +3,9 @@
 File format (version 1): one safetensors file. Tensors: ``gradient/<parameter name>`` for every released
 parameter, and optionally ``layout/<name>`` and ``labels`` (public facts the owner chose to reveal). Header
 metadata, all strings: ``format`` = "lmleak-gradient", ``version`` = "1", ``model``, ``task``, ``shared``
-(which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application) and,
-unless it is one step of one client, ``aggregation`` (a JSON object with the fields of ``types.Aggregation``).
+(which parameters), ``batch_size``, ``reduction`` = "mean", ``defenses`` (a JSON list, in order of application), and
+where they apply ``aggregation`` (several clients or local steps: a JSON object with the fields of
+``types.Aggregation``) and ``weights`` (a digest by which a model at other weights is refused).
 Seeds of random defenses are never written: they would let the server subtract the noise.
 
 Who exports from a training loop of their own writes, per parameter: for one step (FedSGD), the gradient of the mean
@@ -48,7 +49,9 @@ class SharedGradient:
     task: str
     batch_size: int
     model: str = ""
-    """Name of the model, for people; what is checked are names and shapes."""
+    """Name of the model, for people."""
+    weights: str = ""
+    """Digest of the weights at which the gradient was taken (``ModelAdapter.weights_digest``); empty if unknown."""
     shared: str = "all"
     """The ``shared=`` specification that chose the parameters."""
     defenses: tuple[str, ...] = ()
@@ -117,6 +120,8 @@ class SharedGradient:
         }  # fmt: skip
         if self.aggregation != SINGLE_STEP:
             metadata["aggregation"] = json.dumps(asdict(self.aggregation))
+        if self.weights:
+            metadata["weights"] = self.weights
         return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -163,7 +168,8 @@ class SharedGradient:
             raise DataError(f"the header of {path} is damaged: batch_size={batch_size}, defenses={defenses!r}")
         loaded = cls(
             gradient=part("gradient/"), task=metadata["task"], batch_size=batch_size,
-            model=metadata.get("model", ""), shared=metadata["shared"], defenses=tuple(defenses),
+            model=metadata.get("model", ""), weights=metadata.get("weights", ""),
+            shared=metadata["shared"], defenses=tuple(defenses),
             layout=part("layout/"), labels=tensors.get("labels"), aggregation=aggregation,
         )  # fmt: skip
         if adapter is not None:
@@ -211,6 +217,11 @@ class SharedGradient:
                 raise DataError(
                     f"the gradient of {name!r} has shape {tuple(tensor.shape)}, the model's parameter {shapes[name]}"
                 )
+        if self.weights and self.weights != (own := adapter.weights_digest()):
+            raise DataError(
+                f"the gradient was taken at weights with digest {self.weights!r}, the model's is {own!r}: another "
+                "training step, or other random weights (shape files and new heads need the same weights seed)"
+            )
 
 
 def inseparable_table(adapter, shared: str, aggregation: Aggregation) -> bool:

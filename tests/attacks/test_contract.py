@@ -99,6 +99,27 @@ def test_only_what_is_assumed_is_handed_over(name, case, monkeypatch):
     assert observation.labels is None or ATTACKS[name].assumes.labels
 
 
+def test_poisoned_truth_changes_nothing(name, case):
+    adapter, batch, shared = case
+    honest = quick(name).run(adapter, shared, seed=1)
+    poison = [[9, 9, 9, 9], [8, 8]]
+    fresh, _ = make(family_for(name), size=2, dtype=torch.float32)
+    fresh.batch(poison, [0, 0] if fresh.task == "sequence-classification" else None)  # what it saw last is a lie
+    assumes = ATTACKS[name].assumes
+    told = replace(
+        shared,
+        layout=shared.layout if assumes.lengths else {"attention_mask": torch.ones(2, 3, dtype=torch.long)},
+        labels=shared.labels if assumes.labels or shared.labels is None else torch.zeros_like(shared.labels),
+    )
+    poisoned = quick(name).run(fresh, told, seed=1)
+    assert poisoned.token_ids == honest.token_ids
+    assert poisoned.confidence == honest.confidence
+    # The same answer is scored by the truth it is given: the scorer sees it, the attacker does not.
+    lie = replace(batch, texts=("9", "9"), token_ids=((9,), (9,)))
+    assert lmleak.score_text(poisoned, batch) == lmleak.score_text(honest, batch)
+    assert lmleak.score_text(poisoned, lie) != lmleak.score_text(honest, batch)
+
+
 def test_no_field_of_an_observation_holds_the_truth():
     assert not isinstance(Observation(gradient={}, task="causal-lm", batch_size=1), Batch | TextBatch)
     assert {f.name for f in fields(Observation)} == {

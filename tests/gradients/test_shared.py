@@ -59,7 +59,9 @@ def test_nothing_private_is_written(name, tmp_path):
     path = released.save(tmp_path / "g.safetensors")
     with safe_open(path, framework="pt") as file:
         header, names = file.metadata(), list(file.keys())
-    assert set(header) == {"format", "version", "model", "task", "shared", "batch_size", "reduction", "defenses"}
+    assert set(header) == {
+        "format", "version", "model", "weights", "task", "shared", "batch_size", "reduction", "defenses",
+    }  # fmt: skip
     assert "987654321" not in json.dumps(header)
     assert "seed" not in json.dumps(header)
     assert all(text not in json.dumps(header) for text in batch.texts)
@@ -295,6 +297,17 @@ def test_units():
     shared = SharedGradient({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0], [0.0]])}, "causal-lm", 2)
     assert shared.num_coordinates == 4
     assert shared.rms == pytest.approx(2.5)
+
+
+def test_gradient_of_other_weights_is_refused(tmp_path):
+    adapter, batch = make("gpt2")
+    shared = SharedGradient.load(capture_gradient(adapter, batch).save(tmp_path / "g"), adapter)
+    with torch.no_grad():
+        for p in adapter.model.parameters():  # one training step later
+            p.sub_(1e-3)
+    with pytest.raises(DataError, match="another training step"):
+        shared.check(adapter)
+    replace(shared, weights="").check(adapter)  # an exporter who left it out vouches for it
 
 
 def test_gradient_of_a_model_tied_otherwise_is_refused():
