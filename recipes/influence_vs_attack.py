@@ -24,8 +24,8 @@ from rich.console import Console
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, LmleakError
 from lmleak.evaluation import AuditConfig, process_state, run_audit
+from lmleak.report.correlation import correlation_table
 from lmleak.report.page import write_report
-from lmleak.report.tables import correlation_table
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lmleak.metrics.agreement import (
     bootstrap_mean,
     paired_bootstrap,
     rank_correlation,
+    strongest_correlation,
 )
 from lmleak.metrics.entities import entities, entity_recall
 from lmleak.metrics.evaluate_modules import METRICS, load
@@ -67,6 +68,7 @@ __all__ = [
     "rouge",
     "score_strings",
     "score_text",
+    "strongest_correlation",
     "token_correctness",
     "token_f1",
     "token_overlap",

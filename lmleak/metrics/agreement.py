@@ -5,7 +5,7 @@ each row the bootstrap resamples examples, not rows (cluster bootstrap; Davison 
 3.8); resampling rows would give intervals that are too narrow.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,49 @@ def rank_correlation(
 
     draws = _draws(correlations, units, resamples, seed)
     return Correlation(**_interval(correlations, draws, units, confidence), method=method)
+
+
+def strongest_correlation(
+    columns: Mapping[str, ArrayLike],
+    y: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Say which of several columns ranks the rows most like y, and how surely.
+
+    Every resample draws groups once for all columns; in it the winner has the largest Spearman correlation with y.
+    Shares are over the resamples in which all correlations exist; columns that tie split the resample.
+
+    Args:
+        columns: Name -> numbers, (n,) each, over the same rows; turn the sign of those that should fall with y.
+        y: What is to be ranked, (n,).
+        groups: The example each row belongs to, (n,); None if every row is its own.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        Name -> share of the resamples won, in [0, 1]; empty if there is nothing to resample.
+
+    Raises:
+        DataError: If the columns differ in length, are shorter than two rows, or hold NaN, Inf or None.
+    """
+    y = _column("y", y)
+    units = _units(groups, len(y))
+    draws = []
+    for name, column in columns.items():
+        x = _column(name, column)
+        if len(x) != len(y) or len(y) < 2:
+            raise DataError(f"{name} has {len(x)} row(s) and y {len(y)}; expected one pair per row, and two rows")
+        draws.append(_draws(lambda weights, x=x: _weighted_spearman(x, y, weights), units, resamples, seed))
+    table = np.stack(draws)  # (columns, R)
+    table = table[:, ~np.isnan(table).any(axis=0)]
+    if not table.shape[1]:
+        return {}
+    winners = np.isclose(table, table.max(axis=0), rtol=0, atol=1e-12)
+    shares = (winners / winners.sum(axis=0)).mean(axis=1)
+    return {name: float(share) for name, share in zip(columns, shares, strict=True)}
 
 
 def bootstrap_mean(

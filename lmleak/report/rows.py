@@ -34,7 +34,9 @@ METRICS = {
     "rouge2": Metric("ROUGE-2"),
     "rougeL": Metric("ROUGE-L"),
     "google_bleu": Metric("Google BLEU"),
+    "edit_distance": Metric("edit distance", leaks_upward=False),
     "embedding_rmse": Metric("embedding RMSE", leaks_upward=False),
+    "feature_mse": Metric("feature MSE", leaks_upward=False),
 }
 
 PREDICTORS = {

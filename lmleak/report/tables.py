@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import rankdata
 
-from lmleak.metrics.agreement import bootstrap_mean, rank_correlation
+from lmleak.metrics.agreement import bootstrap_mean
+from lmleak.report.correlation import around, best_predictors, correlations
 from lmleak.report.rows import (
     CONVERGED,
     METRICS,
@@ -20,7 +20,6 @@ from lmleak.report.rows import (
     display_name,
     is_undefended,
     noise_level,
-    number,
     numbers,
     percent,
     quartiles,
@@ -32,12 +31,6 @@ from lmleak.report.verdict import LEVELS, LITTLE, NOT_ATTACKED, best_prediction,
 
 PREDICTIONS = (*PREDICTORS, "bayes_rms", "perturbation_rms")
 SMALLEST_LEAK = LEVELS[-1][0]
-SAME_NOISE = "influence_rms"
-"""The prediction whose correlation is also taken within each noise level."""
-FEWEST_TO_RANK = 5
-"""Examples below which a ranking within one noise level says nothing."""
-RESAMPLED_POINTS = 4_000_000
-"""Points that one correlation's bootstrap ranks in all; beyond 2000 points it draws fewer than 2000 resamples."""
 NOTHING_LEFT = 0.9
 """An error of this share of the inputs' spread counts as knowing no more than the prior."""
 
@@ -63,6 +56,7 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict(rows, defenses, metric),
         "defenses": defenses,
         "correlations": correlations(rows, seed),
+        "best_predictors": best_predictors(rows, seed),
         "noise": _crossings(rows, defenses, metric),
         "meta": dict(meta),
     }
@@ -113,76 +107,8 @@ def _interval(scored: Sequence[tuple[int, float]], leaks_upward: bool, seed: int
     values = [value for _, value in scored]
     worst_example, worst = (max if leaks_upward else min)(scored, key=lambda pair: pair[1])
     mean = bootstrap_mean(values, seed=seed)
-    ends = {"low": None, "high": None} if mean.low is None else _around(mean.value, mean.low, mean.high)
+    ends = {"low": None, "high": None} if mean.low is None else around(mean.value, mean.low, mean.high)
     return {"mean": mean.value, **ends, "worst": worst, "worst_example": worst_example, "count": len(values)}
-
-
-def correlations(rows: Sequence[Row], seed: int = 0) -> list[dict[str, Any]]:
-    """Spearman rank correlation of each prediction with each score of each attack.
-
-    Taken over the noise sweep where there is one, else over every row; the bootstrap draws whole examples,
-    because the noise levels of one example are not independent. Over a sweep most of the correlation is the noise
-    level's own doing. ``scope`` "same noise" therefore ranks the examples within each level first (stratified
-    Spearman): it says whether the prediction tells a risky text from a safer one under equal noise.
-
-    Args:
-        rows: Result rows.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        One entry per (attack, metric, prediction, scope): ``value``, ``low``, ``high`` (None with the reason in
-        ``note`` where no rank correlation exists), ``points`` and ``examples``.
-    """
-    sweep = [row for row in rows if noise_level(row) is not None]
-    basis = sweep or list(rows)
-    stratified = len({row["example"] for row in sweep}) >= FEWEST_TO_RANK
-    found = []
-    for attack in attack_names(rows):
-        for metric in METRICS:
-            for predictor in PREDICTORS:
-                points = [
-                    (noise_level(row), row["example"], x, y)
-                    for row in basis
-                    if (x := number(row.get(predictor))) is not None and (y := score(row, attack, metric)) is not None
-                ]
-                entry = {"attack": attack, "metric": metric, "predictor": predictor}
-                if points:
-                    found.append(entry | {"scope": "all"} | _correlation(points, seed))
-                if points and predictor == SAME_NOISE and stratified:
-                    found.append(entry | {"scope": "same noise"} | _correlation(_ranked_within_levels(points), seed))
-    return found
-
-
-def _correlation(points: Sequence[tuple[float | None, int, float, float]], seed: int) -> dict[str, Any]:
-    examples = [example for _, example, _, _ in points]
-    entry = {"value": None, "low": None, "high": None, "points": len(points), "examples": len(set(examples))}
-    if len(points) < 3:
-        return entry | {"note": "too few points"}
-    xs, ys = [x for *_, x, _ in points], [y for *_, y in points]
-    for what, column in (("prediction", xs), ("score", ys)):
-        if min(column) == max(column):
-            return entry | {"note": f"constant {what}"}
-    resamples = min(2000, max(500, RESAMPLED_POINTS // len(points)))
-    found = rank_correlation(xs, ys, groups=examples, seed=seed, resamples=resamples)
-    if found.value is None or found.low is None or found.high is None:
-        return entry | {"value": found.value, "note": found.reason}
-    return entry | {"value": found.value, **_around(found.value, found.low, found.high), "note": ""}
-
-
-def _ranked_within_levels(points: Sequence[tuple[float | None, int, float, float]]) -> list:
-    # levels at which every example scores the same (all recovered, or none) say nothing about their order
-    ranked = []
-    for level in dict.fromkeys(level for level, *_ in points):
-        _, examples, xs, ys = zip(*(point for point in points if point[0] == level), strict=True)
-        if min(ys) < max(ys) and min(xs) < max(xs):
-            ranks = [(rankdata(column) - 0.5) / len(column) for column in (xs, ys)]
-            ranked += zip([level] * len(examples), examples, *(column.tolist() for column in ranks), strict=True)
-    return ranked
-
-
-def _around(value: float, low: float, high: float) -> dict[str, float]:
-    """Return an interval's ends with the value inside: percentiles of few or skewed resamples can miss it."""
-    return {"low": min(low, value), "high": max(high, value)}
 
 
 def _crossings(rows: Sequence[Row], defenses: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
@@ -269,40 +195,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         if not entry["attacks"] and not entry["refused"]:
             table.add_row(name, influence, "–", *["–"] * len(shown))
     return table
-
-
-def correlation_table(rows: Sequence[Row], meta: Mapping[str, Any]) -> Table:
-    """Build the table of a study: rank correlation of each prediction with each score of each attack.
-
-    Args:
-        rows: Result rows.
-        meta: Description of the run; its seed is the bootstrap's.
-
-    Returns:
-        A rich table: value and 95 % bootstrap interval over examples.
-    """
-    found = correlations(rows, int(meta.get("seed") or 0))
-    predictors = list(dict.fromkeys((c["predictor"], c["scope"]) for c in found))
-    table = Table(title="Spearman rank correlation over noise levels and examples, 95 % interval")
-    for column in ("attack", "score"):
-        table.add_column(column)
-    for predictor, scope in predictors:
-        table.add_column(predictor.removesuffix("_rms") + ("" if scope == "all" else f", {scope}"), justify="right")
-    for attack, metric in dict.fromkeys((c["attack"], c["metric"]) for c in found):
-        by_predictor = {
-            (c["predictor"], c["scope"]): c for c in found if c["attack"] == attack and c["metric"] == metric
-        }
-        cells = [_correlation_cell(by_predictor.get(predictor)) for predictor in predictors]
-        table.add_row(Text(attack), METRICS[metric].label, *cells)
-    return table
-
-
-def _correlation_cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return "–"
-    if entry["low"] is None:
-        return f"{entry['value']:+.2f}"
-    return f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
 
 
 def prediction_cell(entry: Mapping[str, Any], field: str) -> str:

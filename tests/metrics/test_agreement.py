@@ -18,6 +18,7 @@ from lmleak.metrics import (
     bootstrap_mean,
     paired_bootstrap,
     rank_correlation,
+    strongest_correlation,
 )
 
 small = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12)
@@ -252,3 +253,16 @@ def test_paired_refusals():
     single = paired_bootstrap([1.0, 0.5], [0.0, 0.0], groups=["a", "a"])
     assert (single.value, single.low, single.p_value) == (0.75, None, None)
     assert "one group" in single.reason
+
+
+def test_strongest_correlation_finds_the_better_column_and_splits_ties():
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal(60)
+    good, bad = y + 0.3 * rng.standard_normal(60), y + 3 * rng.standard_normal(60)
+    shares = strongest_correlation({"good": good, "bad": bad}, y)
+    assert shares["good"] > 0.99
+    assert strongest_correlation({"a": good, "b": good}, y) == {"a": 0.5, "b": 0.5}
+    assert strongest_correlation({"wrong way": -good, "bad": bad}, y)["bad"] > 0.99
+    assert strongest_correlation({"a": good}, y, groups=["one"] * 60) == {}
+    with pytest.raises(DataError, match="one pair per row"):
+        strongest_correlation({"a": good[:5]}, y)

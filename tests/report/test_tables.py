@@ -8,8 +8,9 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from lmleak.errors import ConfigError
+from lmleak.report.correlation import best_predictors, correlation_table, correlations
 from lmleak.report.rows import PREDICTORS, compact, percent
-from lmleak.report.tables import console_table, correlations, summarise
+from lmleak.report.tables import console_table, summarise
 from lmleak.report.verdict import LITTLE, NOT_ATTACKED, risk_level
 
 
@@ -96,6 +97,22 @@ def test_same_noise_correlation_sees_examples_and_not_the_noise_level(synthetic_
              and e["predictor"] == "influence_rms"}  # fmt: skip
     assert found["all"]["value"] < -0.7
     assert found["same noise"]["value"] == pytest.approx(1.0)
+
+
+def test_the_prediction_that_ranks_best_wins(synthetic_rows):
+    rows = synthetic_rows(8, noise_levels=(0.01, 1.0, 100.0))
+    for i, row in enumerate(rows):
+        truth = (row["noise_rms"] or 0) * (1 + row["example"])
+        row["expected_rms"] = truth
+        row["influence_rms"], row["lower_bound_rms"] = truth * (3 if i % 2 else 0.01), (i * 7) % 5 + 0.1
+        row["predicted_rms"] = None if row["noise_rms"] is None else 1.0
+        row["attacks"]["span"] |= {"rouge1": 1 / (1 + truth), "embedding_rmse": truth}
+    found = {(b["attack"], b["metric"]): b for b in best_predictors(rows)}
+    for metric in ("rouge1", "embedding_rmse"):  # one falls with the error, one rises with it
+        assert found["span", metric]["predictor"] == "expected_rms"
+        assert found["span", metric]["share"] > 0.95
+        assert sum(found["span", metric]["shares"].values()) == pytest.approx(1)
+    assert correlation_table(rows, {"seed": 0}).columns[-1].header == "best (resamples won)"
 
 
 def test_constant_scores_have_a_reason_instead_of_a_correlation(synthetic_rows):
