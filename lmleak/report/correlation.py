@@ -82,7 +82,9 @@ def _ranked_within_levels(points: Sequence[tuple[float | None, int, float, float
 
 
 def best_predictors(rows: Sequence[Row], seed: int = 0) -> list[dict[str, Any]]:
-    """Say which prediction ranks each score of each attack best, over the rows that have them all.
+    """Say which prediction ranks each score of each attack best, over the rows of the sweep that have them all.
+
+    Predictions that are absent or constant throughout cannot rank and take no part.
 
     Args:
         rows: Result rows.
@@ -93,27 +95,25 @@ def best_predictors(rows: Sequence[Row], seed: int = 0) -> list[dict[str, Any]]:
         ``shares`` of all, ``points``.
     """
     found = []
+    sweep = [row for row in rows if noise_level(row) is not None]
+    varying = [p for p in PREDICTORS if len({number(row.get(p)) for row in sweep} - {None}) > 1]
+    complete = [row for row in sweep if all(number(row.get(p)) is not None for p in varying)]
     for attack in attack_names(rows):
         for metric, kind in METRICS.items():
-            complete = [
-                (row["example"], [number(row.get(p)) for p in PREDICTORS], score(row, attack, metric))
-                for row in rows
-                if noise_level(row) is not None
-            ]
-            complete = [point for point in complete if point[2] is not None and None not in point[1]]
-            ys = [y for *_, y in complete]
-            if len(complete) < 3 or min(ys) == max(ys):
+            scored = [row for row in complete if score(row, attack, metric) is not None]
+            ys = [score(row, attack, metric) for row in scored]
+            if len(scored) < 3 or min(ys) == max(ys) or not varying:
                 continue
             sign = -1.0 if kind.leaks_upward else 1.0  # a prediction is an error: leakage falls with it
-            columns = {p: [sign * xs[i] for _, xs, _ in complete] for i, p in enumerate(PREDICTORS)}
-            resamples = min(2000, max(500, RESAMPLED_POINTS // len(complete)))
+            columns = {p: [sign * number(row[p]) for row in scored] for p in varying}
+            resamples = min(2000, max(500, RESAMPLED_POINTS // len(scored)))
             shares = strongest_correlation(
-                columns, ys, groups=[example for example, *_ in complete], resamples=resamples, seed=seed
+                columns, ys, groups=[row["example"] for row in scored], resamples=resamples, seed=seed
             )
             if shares:
                 winner = max(shares, key=shares.get)
                 found.append({"attack": attack, "metric": metric, "predictor": winner, "share": shares[winner],
-                              "shares": shares, "points": len(complete)})  # fmt: skip
+                              "shares": shares, "points": len(scored)})  # fmt: skip
     return found
 
 
