@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lmleak.errors import DataError
 
+DUMMY_WORD = "1"  # any word will do; a digit is in every vocabulary, also in those of numbers
+
 
 def example_list(examples: Iterable[str | Sequence[int]]) -> list[str | Sequence[int]]:
     """Return the examples as a list.
@@ -100,3 +102,25 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Ten
         where = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
         ids[row, where], mask[row, where] = torch.tensor(sequence), 1
     return ids, mask
+
+
+def token_template(adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after any single text.
+
+    Found by tokenising a dummy word with and without special tokens; nothing private is looked at.
+
+    Args:
+        adapter: The text adapter.
+
+    Returns:
+        Prefix and suffix; both empty without a tokenizer.
+    """
+    if adapter.tokenizer is None:
+        return (), ()
+    whole = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=True)["input_ids"])
+    word = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(word) + 1):
+        if whole[start : start + len(word)] == word:
+            prefix, suffix = whole[:start], whole[start + len(word) :]
+            return tuple(prefix), tuple(suffix)
+    return (), ()

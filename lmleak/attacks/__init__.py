@@ -4,15 +4,28 @@ from dataclasses import fields
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Attack
-from lmleak.attacks.matching import DLG, TAG
+from lmleak.attacks.film import FILM
+from lmleak.attacks.lamp import LAMP
+from lmleak.attacks.lora_span import LoraSpan
+from lmleak.attacks.matching import DLG, GS, TAG
+from lmleak.attacks.noisy_span import NoisySpan
 from lmleak.attacks.span import Span
 from lmleak.errors import ConfigError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.lookup import lookup, suggest
-from lmleak.specification import build_parts
+from lmleak.specification import build_parts, refuse_wrong_kinds
 from lmleak.types import Reconstruction
 
-ATTACKS: dict[str, type[Attack]] = {"dlg": DLG, "tag": TAG, "span": Span}
+ATTACKS: dict[str, type[Attack]] = {
+    "dlg": DLG,
+    "tag": TAG,
+    "gs": GS,
+    "lamp": LAMP,
+    "film": FILM,
+    "span": Span,
+    "noisy-span": NoisySpan,
+    "lora-span": LoraSpan,
+}
 
 
 def make_attack(name: str, **options) -> Attack:
@@ -35,6 +48,7 @@ def make_attack(name: str, **options) -> Attack:
     for option in options:
         if option not in valid:
             raise ConfigError(f"attack {name!r} has no option {option!r}. {suggest(option, valid)}")
+    refuse_wrong_kinds(f"attack {name!r}", attack_class, options, "tag(iterations=500)")
     return attack_class(**options)
 
 
@@ -74,4 +88,7 @@ def run_attack(
     return make_attack(name, **options).run(adapter, shared, seed=seed)
 
 
-__all__ = ["ATTACKS", "DLG", "TAG", "Attack", "Span", "make_attack", "parse_attack", "run_attack"]
+__all__ = [
+    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "LoraSpan", "NoisySpan", "Span", "make_attack",
+    "parse_attack", "run_attack",
+]  # fmt: skip

@@ -4,40 +4,19 @@ Public, by the threat model: lengths and padding (the layout), and the special t
 every text. Free: one embedding per remaining token, in units of the prior, and for language models the targets.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmleak.adapters.examples import token_template
 from lmleak.adapters.text import TextAdapter
 from lmleak.types import Observation
 
 SHARPNESS = 16.0
 """Cosine 1 against 0 counts exp(16) to 1: enough to single out one token of 10^5, soft enough to move."""
-DUMMY_WORD = "1"  # any word will do; a digit is in every vocabulary, also in those of numbers
-
-
-def token_template(adapter: TextAdapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer puts before and after any single text.
-
-    Found by tokenising a dummy word with and without special tokens; nothing private is looked at.
-
-    Args:
-        adapter: The text adapter.
-
-    Returns:
-        Prefix and suffix; both empty without a tokenizer.
-    """
-    if adapter.tokenizer is None:
-        return (), ()
-    whole = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=True)["input_ids"])
-    word = list(adapter.tokenizer(DUMMY_WORD, add_special_tokens=False)["input_ids"])
-    for start in range(len(whole) - len(word) + 1):
-        if whole[start : start + len(word)] == word:
-            prefix, suffix = whole[:start], whole[start + len(word) :]
-            return tuple(prefix), tuple(suffix)
-    return (), ()
 
 
 @dataclass
@@ -50,14 +29,29 @@ class Unknowns:
     """(N, V) free part of the soft targets; language models only."""
     gate: Tensor | None = None
     """(N,) log-odds that a position is masked; masked language models only."""
+    labels: Tensor | None = None
+    """(B, C) logits of the class labels; classification with unknown labels only."""
+    masks: tuple[Tensor, ...] = ()
+    """One mask per dropout of the forward pass, in order; only where dropout was on."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the leaves that exist."""
-        return [t for t in (self.u, self.logits, self.gate) if t is not None]
+        """Return the leaves that exist, u first."""
+        return [t for t in (self.u, self.logits, self.gate, self.labels, *self.masks) if t is not None]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "Unknowns":
+        """Return the same kind of guess made of other tensors, in the order of :meth:`tensors`."""
+        rest = iter(tensors)
+        named = [None if t is None else next(rest) for t in (self.u, self.logits, self.gate, self.labels)]
+        return Unknowns(*named, masks=tuple(rest))
 
     def detached(self) -> "Unknowns":
         """Return a copy without graph."""
-        return Unknowns(*(None if t is None else t.detach().clone() for t in (self.u, self.logits, self.gate)))
+        return self.with_tensors(t.detach().clone() for t in self.tensors())
+
+    def permuted(self, order: Tensor) -> "Unknowns":
+        """Return the guess with the free positions in another order, (N,); u and targets move together."""
+        moved = (None if t is None else t[order] for t in (self.u, self.logits, self.gate))
+        return Unknowns(*moved, labels=self.labels, masks=self.masks)
 
 
 @dataclass
@@ -71,17 +65,25 @@ class RelaxedText:
     observation: Observation
     table: Tensor = field(init=False)
     """(V, D) token embeddings E."""
+    labels: Tensor | None = field(init=False)
+    """(B,) class labels as observed or inferred; None if they are unknowns too, or the task has none."""
+    label_start: Tensor | None = field(init=False, default=None)
+    """(B, C) logits where unknown labels start; None where labels are no unknowns."""
+    mask_shapes: tuple[torch.Size, ...] = field(init=False, default=())
+    """Shapes of the dropout masks that are unknowns."""
 
     def __post_init__(self):
         adapter, device = self.adapter, self.adapter.device
         self.layout = {name: tensor.to(device) for name, tensor in self.observation.layout.items()}
         self.real = self.layout["attention_mask"].bool()
         self.table, self.prior = adapter.table(), adapter.prior()
+        self.mean_norm = self.table.norm(dim=-1).mean()
         # Cosines are taken around the mean embedding: a trained table's mean is long, and shared by all tokens.
         self.directions = F.normalize(self.table - self.prior.mean, dim=-1)
         self.excluded = torch.tensor(sorted(adapter.special_ids()), dtype=torch.long, device=device)
         self.known = self._known_tokens()
         self.free = self.real & (self.known < 0)
+        self.labels = None if self.observation.labels is None else self.observation.labels.to(device)
         self.base = self.table[self.known.clamp(min=0)]
         self._prepare_targets()
 
@@ -119,7 +121,7 @@ class RelaxedText:
             init_scale: Standard deviation of u.
 
         Returns:
-            New leaves.
+            New leaves; u alone is random.
         """
         shape = int(self.free.sum()), self.table.shape[-1]
         u = init_scale * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -128,9 +130,16 @@ class RelaxedText:
             guess.logits = self.table.new_zeros(shape[0], len(self.table))
         if self.adapter.task == "masked-lm":
             guess.gate = self.table.new_zeros(shape[0])
+        if self.label_start is not None:
+            guess.labels = self.label_start.clone()
+        guess.masks = tuple(self.table.new_ones(shape) for shape in self.mask_shapes)  # the mean of a true mask
         for tensor in guess.tensors():
             tensor.requires_grad_()
         return guess
+
+    def places(self) -> list[Tensor]:
+        """Return, for each text, which rows of u are its own, (N_i,)."""
+        return list(torch.arange(int(self.free.sum())).split(self.free.sum(-1).tolist()))
 
     def rows(self, guess: Unknowns) -> Tensor:
         """Return the embeddings of the free positions, (N, D)."""
@@ -150,7 +159,7 @@ class RelaxedText:
         Masked: which positions carry loss is private too. Each has a weight sigmoid(gate) and free logits.
         """
         if not self.has_token_targets:
-            return self.observation.labels.to(self.adapter.device)
+            return self.labels if guess.labels is None else guess.labels.softmax(-1)
         if guess.gate is None:
             probabilities = self.scores(guess).softmax(-1) * self.is_target[:, None]
         else:

@@ -1,4 +1,4 @@
-"""The span attack on decoders: exact recovery of a batch from the row spaces of two linear maps' gradients."""
+"""The span attack: exact recovery of a batch from the row spaces of two linear maps' gradients."""
 
 import time
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ import torch
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Assumptions, Attack, reconstruction
+from lmleak.attacks.span_encoder import recover_encoder
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
 from lmleak.attacks.span_head import Ending, Unreadable, read_head
 from lmleak.attacks.span_layers import PrefixModel, Site, forward, prefix_sites, random_ids
+from lmleak.attacks.span_sentences import sentence_sites
 from lmleak.attacks.span_subspace import RowSpace, row_space, stacked_gradient
 from lmleak.attacks.span_tree import Prefix, PrefixTree, grow_tree
 from lmleak.errors import ConfigError, UnsupportedCombinationError
@@ -20,7 +22,7 @@ from lmleak.types import AttackCost, Observation, Reconstruction
 
 @dataclass(frozen=True)
 class Span(Attack):
-    """Exact recovery of whole batches from decoders, while the batch has fewer tokens than the hidden size.
+    """Exact recovery of whole batches, while the batch has fewer tokens than the hidden size.
 
     The inputs of a linear map lie in the row space of its weight gradient (:mod:`lmleak.attacks.span_subspace`).
     1. The attention input of block 0 depends on one token and its position: test the whole vocabulary
@@ -29,6 +31,10 @@ class Span(Attack):
        (:mod:`lmleak.attacks.span_tree`).
     3. The output head tells which prefixes are whole texts, how often, and the last token of a language model
        (:mod:`lmleak.attacks.span_head`), if its gradient is released.
+
+    On encoders a position sees the whole text, so steps 2 and 3 differ: whole sentences are searched and accepted
+    (:mod:`lmleak.attacks.span_sentences`), copies and masked tokens read from the head
+    (:mod:`lmleak.attacks.span_encoder`). What was not accepted is returned as a guess, with a note and low confidence.
 
     Assumes the weights and the batch size; no lengths, labels, prior or padding. No gradient is evaluated.
     Differs from the paper: the gradients of Q, K and V are stacked and their rows equilibrated; what is accepted
@@ -47,19 +53,24 @@ class Span(Attack):
     name: ClassVar[str] = "span"
     paper: ClassVar[str] = "Petrov et al. 2024, arXiv:2405.15586 (DAGER)"
     assumes: ClassVar[Assumptions] = Assumptions(
-        tasks=("causal-lm", "sequence-classification"), lengths=False, labels=False,
-        parameters="the attention inputs of blocks 0 and 1", encoders=False,
+        tasks=("causal-lm", "sequence-classification", "masked-lm"), lengths=False, labels=False,
+        parameters="the attention inputs of block 0, and a map behind its attention",
     )  # fmt: skip
 
     beam: int = 256
     """How many prefixes are kept alive per position; more than the batch size only if the gradient is ambiguous."""
 
+    restarts: int = 64
+    """Encoders: random starts per sentence length."""
+
     def __post_init__(self):
         if self.beam < 1:
             raise ConfigError(f"beam must be at least 1, got {self.beam}")
+        if self.restarts < 1:
+            raise ConfigError(f"restarts must be at least 1, got {self.restarts}")
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
-        """Refuse encoders, and gradients without the attention inputs.
+        """Refuse gradients without the attention inputs, and models whose gradient spans too little.
 
         Args:
             adapter: The model.
@@ -71,6 +82,10 @@ class Span(Attack):
         super().check(adapter, shared)
         if not adapter.blocks:
             raise UnsupportedCombinationError(f"attack 'span' found no transformer blocks in {adapter.name}")
+        if not adapter.is_causal:
+            _first_site(adapter, shared.gradient)
+            sentence_sites(adapter, shared.gradient)
+            return
         one_block = len(adapter.blocks) == 1
         if one_block and adapter.task == "sequence-classification":
             raise UnsupportedCombinationError(
@@ -92,8 +107,12 @@ class Span(Attack):
             The reconstruction; texts that cannot be told apart from others are left out, with a note.
         """
         start = time.perf_counter()
-        first, second = _first_site(adapter, observation.gradient), _prefix_site(adapter, observation.gradient)
+        first = _first_site(adapter, observation.gradient)
         tokens = FirstLayerFilter(adapter, first.paths[0], _span(adapter, observation, first), seed=seed)
+        if not adapter.is_causal:
+            sites = [(s, _span(adapter, observation, s)) for s in sentence_sites(adapter, observation.gradient)]
+            return recover_encoder(self.name, adapter, observation, tokens, sites, restarts=self.restarts, seed=seed)
+        second = _prefix_site(adapter, observation.gradient)
         span = _span(adapter, observation, second)
         null = span.null(forward(adapter, random_ids(adapter, 64, 4, seed=seed), stop_at=second.paths[0])[:, 1:])
         tree = grow_tree(PrefixModel(adapter, second.paths[0]), span, by_position(tokens), beam=self.beam)

@@ -72,7 +72,7 @@ def read_head(adapter, observation: Observation, prefixes: list[Prefix]) -> list
     if len(prefixes) >= gradient.shape[1]:
         raise Unreadable(f"{len(prefixes)} distinct prefixes are not fewer than the hidden size {gradient.shape[1]}")
     hidden, logits = _states(adapter, path, prefixes)
-    coefficients, explained = _coefficients(gradient, hidden)
+    coefficients, explained = head_coefficients(gradient, hidden)
     probabilities = logits.softmax(-1)
     if adapter.task == "causal-lm":
         also_looked_up = module.weight is adapter.embedding.weight and _has_looked_up_rows(adapter, observation)
@@ -83,7 +83,7 @@ def read_head(adapter, observation: Observation, prefixes: list[Prefix]) -> list
         return _read_targets(prefixes, coefficients, probabilities, explained, observation.batch_size, also_looked_up)
     if not explained.all():
         raise Unreadable("the recovered prefixes do not explain the head's gradient")
-    return _read_classes(prefixes, coefficients.double(), probabilities.double(), observation.batch_size)
+    return read_classes(prefixes, coefficients.double(), probabilities.double(), observation.batch_size)
 
 
 def _has_looked_up_rows(adapter, observation: Observation) -> bool:
@@ -114,7 +114,7 @@ def _states(adapter, path: str, prefixes: list[Prefix]) -> tuple[Tensor, Tensor]
     return tuple(torch.stack(column) for column in zip(*(known[p] for p in prefixes), strict=True))
 
 
-def _coefficients(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def head_coefficients(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Solve gradient = C^T H for C, (K, classes); and say which rows of the gradient H explains."""
     q, r = torch.linalg.qr(hidden.double().T)  # (d, K), (K, K)
     diagonal = r.diagonal().abs()
@@ -248,7 +248,7 @@ def _targets(
     return following
 
 
-def _read_classes(prefixes: list[Prefix], c: Tensor, p: Tensor, batch_size: int) -> list[Ending]:
+def read_classes(prefixes: list[Prefix], c: Tensor, p: Tensor, batch_size: int) -> list[Ending]:
     """Read which prefixes are whole texts (classification): the m that makes all class counts integers."""
     m = torch.arange(batch_size + 1, device=c.device, dtype=c.dtype)
     counts = m[:, None, None] * p - batch_size * c  # (B + 1, K, classes)

@@ -1,4 +1,4 @@
-"""The first layers of a decoder, run on token ids and stopped at a chosen linear map.
+"""The first layers of a model, run on token ids and stopped at a chosen linear map.
 
 The forward pass is the model's own: a hook reads what enters the map and ends the pass there.
 """

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from lmleak.adapters.structure import weight_rows
 from lmleak.errors import UnsupportedCombinationError
+from lmleak.gradients.readout_rank import equilibrated_spectrum, numerical_rank
 
-NOISE_LEVEL = 8.0
-"""Singular values below this many machine epsilons, relative to the largest, may be rounding."""
-SIGNAL_LEVEL = 1.0
-"""Those below this many are. Rounding of the row-equilibrated gradient was measured at 0.1 to 0.6 epsilon in float32
-and float64, over all tested families and up to 704 tokens at width 768."""
-SMALLEST_GAP = 3.0
-"""Ratio of neighbouring singular values that ends the row space; within rounding it was at most 2.2."""
 FORWARD = 40.0
 """Machine epsilons by which two forward passes over the same tokens may differ, relative to an input's norm."""
 ACCEPTED = 2.0
@@ -30,8 +24,6 @@ LARGEST_RESIDUAL = 0.02
 is itself near rounding (its text ends in what the model predicts with certainty): its direction is then known so badly
 that similar tokens would pass for it."""
 TINY = torch.finfo(torch.float64).tiny
-SMALLEST_ROW = 1e-12
-"""Rows of smaller relative norm are not scaled up to unit norm: they hold no signal."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +127,7 @@ def row_space(rows: Tensor, eps: float) -> RowSpace:
     rows: those of Q and K are often orders of magnitude smaller than those of V and drown in its rounding otherwise
     (measured: the smallest true singular value grows by a factor of 3 to 15 relative to rounding).
 
-    The rank is where the spectrum last drops by ``SMALLEST_GAP``, from above ``SIGNAL_LEVEL`` to below ``NOISE_LEVEL``
-    machine epsilons.
+    The rank is that of :func:`lmleak.gradients.readout_rank.numerical_rank`.
 
     Args:
         rows: (m, d).
@@ -148,28 +139,10 @@ def row_space(rows: Tensor, eps: float) -> RowSpace:
     Raises:
         UnsupportedCombinationError: If the gradient is zero.
     """
-    rows = rows.double()
-    norms = rows.norm(dim=1, keepdim=True)
-    if not norms.any():
+    if not rows.any():
         raise UnsupportedCombinationError(
             "the released gradient of the attention inputs is zero, so its row space says nothing"
         )
-    rows = rows / norms.clamp(min=SMALLEST_ROW * norms.max().item())
-    if len(rows) > rows.shape[1]:
-        rows = torch.linalg.qr(rows, mode="r").R
-    _, sigma, directions = torch.linalg.svd(rows, full_matrices=False)
-    sigma = sigma / sigma[0]
-    rank, tail = _numerical_rank(sigma, rows.shape[1], eps)
+    sigma, directions = equilibrated_spectrum(rows)
+    rank, tail = numerical_rank(sigma, rows.shape[1], eps)
     return RowSpace(directions[:rank].T.contiguous(), sigma[:rank], tail, eps)
-
-
-def _numerical_rank(sigma: Tensor, width: int, eps: float) -> tuple[int, float]:
-    """Return the rank r and sigma_{r+1}."""
-    if len(sigma) < width:  # fewer gradient rows than columns: what follows the last value is exactly zero
-        sigma = torch.cat([sigma, sigma.new_zeros(1)])
-    drop = sigma[:-1] / sigma[1:].clamp(min=eps * eps)
-    ends = (drop >= SMALLEST_GAP) & (sigma[1:] <= NOISE_LEVEL * eps) & (sigma[:-1] >= SIGNAL_LEVEL * eps)
-    if not ends.any():
-        return width, eps
-    rank = int(ends.nonzero().max()) + 1
-    return rank, max(sigma[rank].item(), eps * eps)

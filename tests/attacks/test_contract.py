@@ -11,6 +11,7 @@ from lmleak.attacks import ATTACKS, make_attack, parse_attack
 from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.types import AttackCost, Batch, Observation, Reconstruction, TextBatch
 from tests.families import FAMILIES, make
+from tests.gradients.test_readout_lora import lora_case
 
 QUICK = {"iterations": 6, "candidates": 2}  # where an attack has such options: the promises hold at any effort
 
@@ -20,20 +21,25 @@ def quick(name: str):
     return make_attack(name, **{k: v for k, v in QUICK.items() if k in valid})
 
 
-def family_for(name: str) -> str:
-    """A tiny model on which the attack can run."""
-    return "gpt2" if "causal-lm" in ATTACKS[name].assumes.tasks else "bert"
-
-
 @pytest.fixture(params=sorted(ATTACKS))
 def name(request):
     return request.param
 
 
+def case_for(name: str, size: int):
+    """A tiny model on which the attack can run, a batch, and its gradient."""
+    if name == "lora-span":
+        pytest.importorskip("peft")
+        return lora_case("gpt2", rank=14, size=size, steps=0, dtype=torch.float32)
+    adapter, batch = make(
+        "gpt2" if "causal-lm" in ATTACKS[name].assumes.tasks else "bert", size=size, dtype=torch.float32
+    )
+    return adapter, batch, lmleak.capture_gradient(adapter, batch)
+
+
 @pytest.fixture
 def case(name):
-    adapter, batch = make(family_for(name), size=2, dtype=torch.float32)
-    return adapter, batch, lmleak.capture_gradient(adapter, batch)
+    return case_for(name, size=2)
 
 
 def test_names_agree_and_a_paper_is_cited(name):
@@ -70,14 +76,15 @@ def test_same_seed_same_answer_and_global_randomness_untouched(name, case):
 
 def test_model_and_gradient_are_left_alone(name, case):
     adapter, _, shared = case
-    weights = {k: p.clone() for k, p in adapter.model.named_parameters()}
+    weights = {k: p.detach().clone() for k, p in adapter.model.named_parameters()}
+    trained = {k for k, p in adapter.model.named_parameters() if p.requires_grad}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules())
     gradient = {k: g.clone() for k, g in shared.gradient.items()}
     quick(name).run(adapter, shared)
     for k, p in adapter.model.named_parameters():
         assert torch.equal(p, weights[k])
         assert p.grad is None
-        assert p.requires_grad
+        assert p.requires_grad == (k in trained)
     assert not adapter.model.training
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in adapter.model.modules())
     assert all(torch.equal(shared.gradient[k], g) for k, g in gradient.items())
@@ -103,7 +110,7 @@ def test_poisoned_truth_changes_nothing(name, case):
     adapter, batch, shared = case
     honest = quick(name).run(adapter, shared, seed=1)
     poison = [[9, 9, 9, 9], [8, 8]]
-    fresh, _ = make(family_for(name), size=2, dtype=torch.float32)
+    fresh, _, _ = case_for(name, size=2)
     fresh.batch(poison, [0, 0] if fresh.task == "sequence-classification" else None)  # what it saw last is a lie
     assumes = ATTACKS[name].assumes
     told = replace(
@@ -128,8 +135,8 @@ def test_no_field_of_an_observation_holds_the_truth():
 
 
 def test_refuses_what_it_assumes_and_is_not_told(name, case):
-    adapter, batch, _ = case
-    silent = lmleak.capture_gradient(adapter, batch, reveal_lengths=False, reveal_labels=False)
+    adapter, batch, shared = case
+    silent = lmleak.capture_gradient(adapter, batch, shared=shared.shared, reveal_lengths=False, reveal_labels=False)
     if ATTACKS[name].assumes.lengths:
         with pytest.raises(UnsupportedCombinationError, match="lengths are known"):
             quick(name).run(adapter, silent)
@@ -163,8 +170,8 @@ def test_unknown_option_and_name_are_refused_with_a_suggestion(name):
 
 
 def test_beats_guessing_on_an_easy_case(name):
-    adapter, batch = make(family_for(name), size=1, dtype=torch.float32)
-    recovered = make_attack(name).run(adapter, lmleak.capture_gradient(adapter, batch))
+    adapter, batch, shared = case_for(name, size=1)
+    recovered = make_attack(name).run(adapter, shared)
     score = lmleak.score_text(recovered, batch)
     assert score.token_recall >= 0.6  # chance is 6 of 60 tokens
 

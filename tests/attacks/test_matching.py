@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import lmleak
 from lmleak.adapters import adapt
-from lmleak.attacks.matching import DLG, TAG, Matching, matched_names
+from lmleak.attacks.descent import Matching, matched_names
+from lmleak.attacks.matching import DLG, TAG
 from lmleak.attacks.objectives import NORM_FLOOR, SquaredL2, SquaredL2PlusL1, layer_scales
 from lmleak.attacks.relaxed_text import RelaxedText, token_template
 from lmleak.errors import ConfigError, UnsupportedCombinationError
@@ -215,7 +216,7 @@ def test_objective_falls_and_is_that_of_the_returned_input(name, attack):
         x, names = torch.stack(long.embeddings), matched_names(adapter, shared)
         gradient, _ = gradient_of(adapter, x, batch.targets, batch.layout, names)
         options = attack()
-        distance = options.objective({n: shared.gradient[n] for n in names})
+        distance = options.make_objective({n: shared.gradient[n] for n in names}, {})
         assert distance(gradient).item() == pytest.approx(long.objective, rel=1e-6)
 
 
@@ -261,8 +262,8 @@ def test_restarts_and_candidates_keep_the_best():
     many = DLG(iterations=1, candidates=20).run(adapter, shared, seed=5)
     assert many.objective <= DLG(iterations=1, candidates=1).run(adapter, shared, seed=5).objective
     assert many.cost.gradient_evaluations == 20 + 3
-    # A first attempt that already matches makes the others needless.
-    assert DLG(restarts=5, candidates=1, loss_tolerance=1e9).run(adapter, shared).cost.iterations == 1
+    # A match ends the attempts beside it, too: one step each.
+    assert DLG(restarts=5, candidates=1, loss_tolerance=1e9).run(adapter, shared).cost.iterations == 5
 
 
 def test_attack_is_blind_to_the_size_of_the_loss():

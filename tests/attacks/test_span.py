@@ -102,19 +102,6 @@ def test_noise_is_refused_with_the_reason():
         Span().run(adapter, released.released(noisy, "noise"))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_are_refused(name):
-    adapter, batch = make(name)
-    with pytest.raises(UnsupportedCombinationError, match="encoder"):
-        recover(adapter, batch)
-
-
-def test_masked_language_models_are_refused():
-    adapter, batch = make("bert-mlm")
-    with pytest.raises(UnsupportedCombinationError, match="masked-lm"):
-        recover(adapter, batch)
-
-
 # Partial gradients --------------------------------------------------------------------------------------------
 
 
