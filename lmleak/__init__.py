@@ -11,7 +11,7 @@ from lmleak.adapters import adapt, load_adapter
 from lmleak.attacks import ATTACKS, run_attack
 from lmleak.defenses import DEFENSES, parse_defense
 from lmleak.gradients import SharedGradient, capture_gradient
-from lmleak.influence import GradientJacobian, InfluenceResult, inversion_influence
+from lmleak.influence import GradientJacobian, InfluenceResult, inversion_influence, predict_recovery
 from lmleak.metrics import score_text
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "load_adapter",
     "metrics",
     "parse_defense",
+    "predict_recovery",
     "run_attack",
     "score_text",
 ]

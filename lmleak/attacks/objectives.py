@@ -62,7 +62,7 @@ class SquaresPlusAbsolutes(torch.autograd.Function):
         """Return the sum."""
         flat = difference.flatten()
         squares = torch.dot(flat, flat)
-        return squares + ratio * flat.abs().sum() if ratio else squares
+        return squares + ratio * torch.linalg.vector_norm(flat, 1) if ratio else squares
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -74,9 +74,10 @@ class SquaresPlusAbsolutes(torch.autograd.Function):
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
         """Return ``2 d + ratio sign(d)``, times the incoming slope."""
         (difference,) = ctx.saved_tensors
-        if ctx.ratio:
-            difference = torch.add(difference, difference.sign(), alpha=ctx.ratio / 2)
-        return difference * (2 * slope), None
+        if not ctx.ratio:
+            return difference * (2 * slope), None
+        # In place, since every new tensor of this size costs as much as the sum that fills it.
+        return difference.sign().mul_(ctx.ratio / 2).add_(difference).mul_(2 * slope), None
 
 
 class Objective(ABC):

@@ -13,6 +13,7 @@ from lmleak.metrics.agreement import (
     rank_correlation,
     strongest_correlation,
 )
+from lmleak.metrics.calibration import calibration_error
 from lmleak.metrics.entities import entities, entity_recall
 from lmleak.metrics.evaluate_modules import METRICS, load
 from lmleak.metrics.lamp import LampScores, lamp_score_strings, lamp_scores, with_special_tokens
@@ -52,6 +53,7 @@ __all__ = [
     "Rouge",
     "TextScore",
     "bootstrap_mean",
+    "calibration_error",
     "edit_distance",
     "embedding_rmse",
     "entities",
