@@ -9,7 +9,7 @@ from lmleak.influence.split import LayerShare, influence_by_layer, influence_by_
 
 __all__ = [
     "CosineJacobian", "ExpectedInfluence", "GradientJacobian", "InfluenceResult", "InfluenceSolver", "LayerShare",
-    "PerturbationResponse", "PredictedError", "RecoveryPrediction", "RecoveryPredictor", "attacker_jacobian", "expected_influence", "influence_by_layer",
-    "influence_by_token", "information_by_layer", "inversion_influence",
+    "PerturbationResponse", "PredictedError", "RecoveryPrediction", "RecoveryPredictor", "attacker_jacobian",
+    "expected_influence", "influence_by_layer", "influence_by_token", "information_by_layer", "inversion_influence",
     "predict_recovery", "sample_spectrum",
 ]  # fmt: skip
