@@ -10,6 +10,7 @@ from lmleak.attacks.lora_span import LoraSpan
 from lmleak.attacks.matching import DLG, GS, TAG
 from lmleak.attacks.noisy_span import NoisySpan
 from lmleak.attacks.span import Span
+from lmleak.attacks.subspace import Subspace
 from lmleak.errors import ConfigError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.lookup import lookup, suggest
@@ -25,6 +26,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "span": Span,
     "noisy-span": NoisySpan,
     "lora-span": LoraSpan,
+    "subspace": Subspace,
 }
 
 
@@ -89,6 +91,6 @@ def run_attack(
 
 
 __all__ = [
-    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "LoraSpan", "NoisySpan", "Span", "make_attack",
-    "parse_attack", "run_attack",
+    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "LoraSpan", "NoisySpan", "Span", "Subspace",
+    "make_attack", "parse_attack", "run_attack",
 ]  # fmt: skip
