@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import AuditConfig, process_state, run_audit
+from lmleak.evaluation import AuditConfig, finish, process_state, run_audit
 from lmleak.report.correlation import correlation_table
 from lmleak.report.page import write_report
 
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
             width = None if sys.stdout.isatty() else 200  # in a log, one line per row
             Console(width=width).print(correlation_table(result.rows, result.meta))
             print(f"report: {page}")
+        finish(process_state())
     except LmleakError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ from lmleak.config import parse_config
 from lmleak.data import load_examples
 from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import ResultFolder, process_state, run_items
+from lmleak.evaluation import ResultFolder, finish, process_state, run_items
 from lmleak.evaluation.audit import identity
 from lmleak.gradients import capture_gradient
 from lmleak.influence.recovery import METHODS, RecoveryPredictor
@@ -309,6 +309,7 @@ def main(argv: list[str]) -> int:
             (folder.path / "calibration.png").write_bytes(encode(figure(rows), "png"))
             Console(width=None if sys.stdout.isatty() else 160).print(console_table(entries))
             print(f"table and figure: {folder.path}")
+        finish(state)
     except LmleakError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -18,8 +18,8 @@ are tokens in place without -> with the departure, DLG, defaults otherwise, mean
 
 The distance matters more than these for trained models. The first 6 sample messages on the trained reference BERT,
 one gradient each, defaults, seed = index; ROUGE-1 / ROUGE-2 / token recall, means: DLG 0.52 / 0.40 / 0.53, TAG 0.53 /
-0.38 / 0.55, GS 0.60 / 0.50 / 0.60, LAMP (cosine) 0.59 / 0.38 / 0.59. (DLG's and TAG's defaults, and LAMP's weight of the
-language model, were chosen on some of these messages; differences below 0.1 are within the spread.)
+0.38 / 0.55, GS 0.60 / 0.50 / 0.60, LAMP (cosine) 0.59 / 0.38 / 0.59. (DLG's and TAG's defaults, and LAMP's weight of
+the language model, were chosen on some of these messages; differences below 0.1 are within the spread.)
 """
 
 import math

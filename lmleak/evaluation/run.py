@@ -45,6 +45,16 @@ def process_state(expected: int | None = None) -> PartialState:
     return state
 
 
+def finish(state: PartialState) -> None:
+    """Wait for all processes and end their group: a process that exits with its group alive may abort.
+
+    Args:
+        state: This process's place.
+    """
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def run_items(
     items: Sequence[T], work: Callable[[int, T], list[dict]], folder: ResultFolder, state: PartialState, *, label: str
 ) -> list[dict]:

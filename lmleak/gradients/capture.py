@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
+from math import hypot, inf
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from lmleak.adapters.base import ModelAdapter
 from lmleak.adapters.dropout import dropout_on
 from lmleak.adapters.structure import Selection
-from lmleak.errors import DataError, UnsupportedCombinationError
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.gradients.shared import SharedGradient, inseparable_table
 from lmleak.types import SINGLE_STEP, Aggregation, Batch
 
@@ -25,6 +26,7 @@ def capture_gradient(
     aggregation: Aggregation = SINGLE_STEP,
     dropout: bool = False,
     seed: int = 0,
+    max_example_norm: float | None = None,
 ) -> SharedGradient:
     """Compute what the server receives: one gradient, or the update of several local steps and clients.
 
@@ -48,14 +50,29 @@ def capture_gradient(
         aggregation: Clients, epochs, steps per epoch and learning rate.
         dropout: Whether the model's dropout is active, as in ``model.train()``; recorded as the defense "dropout(on)".
         seed: Seed of the dropout masks; private, like the seed of any random defense.
+        max_example_norm: Largest l2 norm C of one example's gradient, the released parameters together. If given, the
+            gradient is that of DP-SGD before its noise (Abadi et al. 2016, arXiv:1607.00133, algorithm 1):
+            (1/B) sum_i g_i min(1, C / (||g_i|| + 1e-6)) with g_i the gradient of example i's own mean loss and the
+            stabiliser of Opacus; recorded as the defense "clip-examples(max_norm=C)". One backward pass per example.
 
     Returns:
         The clean gradient. It carries lengths and labels only if revealed.
 
     Raises:
         DataError: If the batch cannot be divided as asked, or the gradient is not finite or all zero.
-        UnsupportedCombinationError: If a tied table's update would have to be split into its two uses.
+        ConfigError: If the largest norm is not positive.
+        UnsupportedCombinationError: If a tied table's update would have to be split into its two uses, or examples
+            clipped within an update of several clients or steps.
     """
+    clips = max_example_norm is not None
+    if clips and not 0 < max_example_norm < inf:
+        raise ConfigError(f"max_example_norm must be a number > 0, got {max_example_norm!r}")
+    if clips and not aggregation.clients == aggregation.steps == 1:
+        raise UnsupportedCombinationError(
+            f"max_example_norm={max_example_norm:g} bounds what one example adds to one client's gradient, and this "
+            f"is the update of {aggregation.clients} client(s) with {aggregation.steps} local step(s), in which "
+            "examples interact; capture each client's single step by itself"
+        )
     selection = adapter.select(shared)
     if inseparable_table(adapter, shared, aggregation):
         raise UnsupportedCombinationError(
@@ -64,7 +81,9 @@ def capture_gradient(
             "shared='all' (both parts), or a selection without the table ('block:0-1', a regular expression)"
         )
     with dropout_on(adapter.model, seed=seed) if dropout else nullcontext():
-        if aggregation.steps == 1:
+        if clips:
+            gradient = _mean_of_clipped(adapter, batch, selection, max_example_norm)
+        elif aggregation.steps == 1:
             gradient = _mean_gradient(adapter, batch, selection, aggregation)
         else:
             gradient = _local_training(adapter, batch, selection, aggregation)
@@ -73,6 +92,9 @@ def capture_gradient(
             f"every shared gradient (shared={shared!r}) is zero: the loss does not depend on it"
             + (", or the learning rate is too small to move the weights" if aggregation.steps > 1 else "")
         )
+    defenses = ("dropout(on)",) if dropout else ()
+    if clips:
+        defenses += (f"clip-examples(max_norm={float(max_example_norm)!r})",)
     class_labels = batch.targets if batch.targets.dim() == 1 else None
     return SharedGradient(
         gradient=gradient,
@@ -81,7 +103,7 @@ def capture_gradient(
         model=adapter.name,
         weights=adapter.weights_digest(),
         shared=shared,
-        defenses=("dropout(on)",) if dropout else (),
+        defenses=defenses,
         layout=dict(batch.layout) if reveal_lengths else {},
         labels=class_labels if reveal_labels else None,
         aggregation=aggregation,
@@ -102,6 +124,21 @@ def _mean_gradient(
     if aggregation.clients == 1:
         return total
     return {name: value / aggregation.clients for name, value in total.items()}
+
+
+def _mean_of_clipped(adapter: ModelAdapter, batch: Batch, selection: Selection, max_norm: float) -> dict[str, Tensor]:
+    """Return (1/B) sum_i g_i min(1, max_norm / (||g_i|| + 1e-6)), norms in float64."""
+    parameters = trainable(adapter, selection.names)
+    mean = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for i in range(batch.size):
+        example = _part(batch, slice(i, i + 1))
+        loss = adapter.shared_loss(example, adapter.input(example), parameters, selection)
+        gradient = gradient_in(loss, parameters)
+        norm = hypot(*(torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradient.values()))
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for name, value in gradient.items():
+            mean[name].add_(value.detach(), alpha=factor / batch.size)
+    return mean
 
 
 def _local_training(
