@@ -16,6 +16,6 @@ from lmleak.evaluation.shards import ResultFolder
 
 __all__ = [
     "AttackConfig", "AttackResult", "AuditConfig", "AuditResult", "CaptureConfig", "CaptureResult", "ExampleEvaluator",
-    "ExampleSettings", "ResultFolder", "ScoreConfig", "ScoreResult", "finish", "process_state", "run_audit", "run_capture",
-    "run_items", "run_recovery", "run_score",
+    "ExampleSettings", "ResultFolder", "ScoreConfig", "ScoreResult", "finish", "process_state", "run_audit",
+    "run_capture", "run_items", "run_recovery", "run_score",
 ]  # fmt: skip
