@@ -296,8 +296,9 @@ def document(rows: Sequence[Mapping[str, str]]) -> str:
         f"Mean token recall of one attack on gradients of single embedded sample messages ({runs}): **works** from "
         f"{WORKS:g} on, **weak** from {WEAK:g} on, else **fails**; **impossible** is a refusal, its reason below. "
         "So few messages show what can happen, not how often; 'fails' speaks of this attack at this effort, on these "
-        "small models, and is no proof of safety; noise of 1000 RMS shows what guessing alone gives. Gaussian noise in "
-        "`rms` is in multiples of the gradient's root mean square. All parameters but the word table's looked-up rows are shared unless the row says otherwise; "
+        "small models, and is no proof of safety; noise of 1000 RMS shows what guessing alone gives. Gaussian noise "
+        "in `rms` is in multiples of the gradient's root mean square. All parameters but the word table's looked-up "
+        "rows are shared unless the row says otherwise; "
         "'embeddings frozen' withholds the tables of words and positions, and with GPT-2's the tied head.",
         "Attacks as run: " + ", ".join(f"`{spec}`" for spec in measured) + "."
         + (f" Not measured yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
