@@ -12,7 +12,7 @@ from lmleak.attacks.span_encoder import recover_encoder
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
 from lmleak.attacks.span_head import Ending, Unreadable, read_head
 from lmleak.attacks.span_layers import PrefixModel, Site, forward, prefix_sites, random_ids
-from lmleak.attacks.span_sentences import sentence_sites
+from lmleak.attacks.span_sentence_test import sentence_sites
 from lmleak.attacks.span_subspace import RowSpace, row_space, stacked_gradient
 from lmleak.attacks.span_tree import Prefix, PrefixTree, grow_tree
 from lmleak.errors import ConfigError, UnsupportedCombinationError
@@ -63,11 +63,17 @@ class Span(Attack):
     restarts: int = 64
     """Encoders: random starts per sentence length."""
 
+    evaluations: int = 400_000
+    """Encoders: sentences that may be scored per batch, some 40 s on one core for four sentences at a BERT of width
+    384. When they are spent, the best guesses are returned and ``stopped`` says so."""
+
     def __post_init__(self):
         if self.beam < 1:
             raise ConfigError(f"beam must be at least 1, got {self.beam}")
         if self.restarts < 1:
             raise ConfigError(f"restarts must be at least 1, got {self.restarts}")
+        if self.evaluations < 1:
+            raise ConfigError(f"evaluations must be at least 1, got {self.evaluations}")
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
         """Refuse gradients without the attention inputs, and models whose gradient spans too little.
@@ -111,7 +117,10 @@ class Span(Attack):
         tokens = FirstLayerFilter(adapter, first.paths[0], _span(adapter, observation, first), seed=seed)
         if not adapter.is_causal:
             sites = [(s, _span(adapter, observation, s)) for s in sentence_sites(adapter, observation.gradient)]
-            return recover_encoder(self.name, adapter, observation, tokens, sites, restarts=self.restarts, seed=seed)
+            return recover_encoder(
+                self.name, adapter, observation, tokens, sites,
+                restarts=self.restarts, evaluations=self.evaluations, seed=seed,
+            )  # fmt: skip
         second = _prefix_site(adapter, observation.gradient)
         span = _span(adapter, observation, second)
         null = span.null(forward(adapter, random_ids(adapter, 64, 4, seed=seed), stop_at=second.paths[0])[:, 1:])

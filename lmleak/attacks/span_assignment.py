@@ -7,12 +7,14 @@ moves find the minima, since the score also falls when only part of a sentence i
 - then swap two tokens, or move one past others, which no single change can do: where candidates repeat over
   positions, a half-right sentence is often right up to the order.
 
+Random starts seldom suffice where many candidates are false; :mod:`lmleak.attacks.span_relaxation` gives better ones.
+
 Every start has one token pinned, preferably one that no known sentence explains, so that the descent cannot end in a
 known sentence, whose basin may be the widest.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,19 @@ NOVELTY = 8.0
 """How much more often a start holds a token that no sentence has explained so far."""
 PROGRESS = 1e-6
 """A smaller step down does not count, so that rounding cannot keep a descent going."""
+
+
+@dataclass
+class Budget:
+    """How many sentences may be scored."""
+
+    limit: float = math.inf
+    spent: int = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit is reached."""
+        return self.spent >= self.limit
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,8 @@ class Assignments:
         score: (m, T) token ids to (m,); lower is better.
         generator: Chooses starts and the order of positions.
         goal: A descent ends as soon as one sentence scores this low.
+        budget: A descent also ends when this is exhausted; unlimited by default.
+        plausibility: Weight of a (position, token) pair among starts, 1 where it is not given.
     """
 
     def __init__(
@@ -67,18 +84,19 @@ class Assignments:
         score: Callable[[Tensor], Tensor],
         generator: torch.Generator,
         goal: float = -math.inf,
+        budget: Budget | None = None,
+        plausibility: Mapping[tuple[int, int], float] | None = None,
     ):
         self.candidates, self.generator = candidates, generator
         self.enumerable = math.prod(map(len, candidates)) <= ENUMERABLE
         """Whether there are few enough sentences to score all."""
-        self.evaluations = 0
-        """Sentences scored."""
+        self.budget, self._plausibility = budget or Budget(), plausibility or {}
         self._score, self._goal = score, goal
         self._rearranged = rearrangements(len(candidates)).to(candidates[0].device)
 
     def score(self, ids: Tensor) -> Tensor:
         """Return the score of every sentence, counting them."""
-        self.evaluations += len(ids)
+        self.budget.spent += len(ids)
         return self._score(ids)
 
     def every(self) -> tuple[Tensor, Tensor]:
@@ -97,10 +115,7 @@ class Assignments:
         Returns:
             The starts, scored.
         """
-        weights = [
-            torch.tensor([1.0 if (position, token) in explained else NOVELTY for token in ids.tolist()])
-            for position, ids in enumerate(self.candidates)
-        ]
+        weights = self.weights(explained)
         ids = torch.stack([c[self._choose(w, count)] for c, w in zip(self.candidates, weights, strict=True)], dim=1)
         if known:
             ids[::2] = ids.new_tensor(known)[self._choose(torch.ones(len(known)), len(ids[::2]))]
@@ -110,12 +125,25 @@ class Assignments:
         ids[torch.arange(count), pinned] = token
         return Sentences(ids, pinned, self.score(ids))
 
+    def weights(self, explained: set[tuple[int, int]]) -> list[Tensor]:
+        """Return how often a start holds a candidate, up to a factor, (n_p,) per position."""
+
+        def weight(pair: tuple[int, int]) -> float:
+            return self._plausibility.get(pair, 1.0) * (1.0 if pair in explained else NOVELTY)
+
+        return [
+            torch.tensor([weight((position, token)) for token in ids.tolist()])
+            for position, ids in enumerate(self.candidates)
+        ]
+
     def _choose(self, weight: Tensor, count: int) -> Tensor:
         drawn = torch.multinomial(weight, count, replacement=True, generator=self.generator)
         return drawn.to(self.candidates[0].device)
 
     def descend(self, current: Sentences) -> tuple[Tensor, Tensor]:
-        """Follow sentences down to local minima, their pinned tokens kept, or until one reaches the goal.
+        """Follow sentences down to local minima, their pinned tokens kept, while the budget lasts.
+
+        The descent ends as soon as one sentence reaches the goal.
 
         Args:
             current: The starts.
@@ -126,7 +154,7 @@ class Assignments:
         minima = []
         while len(current.ids):
             current = self._change_single_tokens(current)
-            if (current.score <= self._goal).any():
+            if self._stops(current):
                 minima.append(current)
                 break
             better = [self._rearrange(current.select(slice(i, i + 1))) for i in range(len(current.ids))]
@@ -139,15 +167,18 @@ class Assignments:
         score[which] = found.score
         return _sorted(once, score)
 
+    def _stops(self, current: Sentences) -> bool:
+        return self.budget.exhausted or bool((current.score <= self._goal).any())
+
     def _change_single_tokens(self, current: Sentences) -> Sentences:
         """Sweep over the positions until no single token can be exchanged for a better one, or one is at the goal."""
         finished = [current.select(slice(0))]
-        while len(current.ids) and not (current.score <= self._goal).any():
+        while len(current.ids) and not self._stops(current):
             before = current.score
             for position in torch.randperm(len(self.candidates), generator=self.generator).tolist():
                 free = (current.pinned != position).nonzero()[:, 0]
                 tokens = self.candidates[position]
-                if len(tokens) == 1 or not len(free):
+                if len(tokens) == 1 or not len(free) or self.budget.exhausted:
                     continue
                 tried = current.ids[free].repeat_interleave(len(tokens), dim=0)
                 tried[:, position] = tokens.repeat(len(free))
@@ -167,7 +198,7 @@ class Assignments:
         for position, tokens in enumerate(self.candidates):
             possible &= torch.isin(tried[:, position], tokens)
         tried = tried[possible].unique(dim=0)
-        if not len(tried):
+        if not len(tried) or self.budget.exhausted:
             return None
         score, which = self.score(tried).min(dim=0)
         return Sentences(tried[which][None], one.pinned, score[None]) if score < one.score - PROGRESS else None

@@ -40,6 +40,11 @@ class Contexts:
         self.projected = outputs
         """Queries, keys and values, (m, length, d) each."""
 
+    def heads_of(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of (token, position) pairs (n,), (heads, n, d_h) each."""
+        rows = torch.searchsorted(self.tokens, tokens)
+        return tuple(x[rows, positions].unflatten(-1, (self.heads, -1)).transpose(0, 1) for x in self.projected)
+
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the contexts of sentences (n, T), (n, T, d)."""
         rows, places = torch.searchsorted(self.tokens, ids), torch.arange(ids.shape[1], device=ids.device)

@@ -34,7 +34,7 @@ class _Text:
 
 def recover_encoder(
     attack: str, adapter, observation: Observation, tokens: FirstLayerFilter, sites: Sequence[tuple[Site, RowSpace]],
-    *, restarts: int, seed: int,
+    *, restarts: int, evaluations: int, seed: int,
 ) -> Reconstruction:  # fmt: skip
     """Return the texts that an encoder's gradient allows.
 
@@ -45,12 +45,15 @@ def recover_encoder(
         tokens: The first-layer filter.
         sites: Sites behind the first attention with their row spaces.
         restarts: Random starts per sentence length.
+        evaluations: Sentences that may be scored.
         seed: Seed of the starts.
 
     Returns:
         Accepted texts first; then, if some are missing, the best guesses, with a note that they are guesses.
     """
-    search = search_sentences(adapter, observation, tokens, sites, restarts=restarts, seed=seed)
+    search = search_sentences(
+        adapter, observation, tokens, sites, restarts=restarts, evaluations=evaluations, seed=seed
+    )
     guesses = search.guesses()
     accepted, notes = list(search.found), _search_notes(search, guesses, tokens)
     if adapter.task == "sequence-classification" and not guesses and accepted:
@@ -65,7 +68,7 @@ def recover_encoder(
         attack, adapter,
         [text.tokens for text in texts],
         [text.confidence for text in texts],
-        cost=AttackCost(0.0, iterations=search.evaluations),
+        cost=AttackCost(0.0, iterations=search.budget.spent),
         stopped=_stopped(search),
         objective=torch.cat([search.residuals(s) for s in sentences]).mean().item() if sentences else None,
         notes=tuple(notes),
@@ -73,12 +76,14 @@ def recover_encoder(
 
 
 def _stopped(search: SentenceSearch) -> str:
-    if not search.candidates:
+    if not search.survivors:
         return "no candidate left at position 0"
     if len(search.found) >= search.batch_size:
         return "all texts are found"
     if search.complete():
         return "the texts found explain the whole row space"
+    if search.budget.exhausted:
+        return f"search limit of {search.budget.limit} sentences"
     return f"all {search.restarts} restarts per length are spent"
 
 
@@ -94,7 +99,7 @@ def _search_notes(search: SentenceSearch, guesses: list[Sentence], tokens: First
             f"the last {len(guesses)} of {len(search.found) + len(guesses)} texts are guesses: the best of "
             f"{len(search.rejected)} local minima that were not accepted"
         )
-    if not search.candidates:
+    if not search.survivors:
         notes.append(
             "no token was accepted at position 0: the gradient was changed after it was computed, or too few maps are "
             "released (a key map alone lacks one direction per text)"

