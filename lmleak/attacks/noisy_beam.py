@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lmleak.attacks.span_layers import Prefixes, PrefixModel, Site, forward, random_ids
 from lmleak.attacks.span_score import Null, SoftRowSpace
+from lmleak.attacks.span_targets import SPREAD, HeadScore, within
 from lmleak.attacks.span_tree import CHUNK, Prefix
 
 NULL_TEXTS = 256
@@ -27,8 +28,9 @@ REPEATED = 0.8
 """Worth of a token at a position, for each time that a prefix of the beam holds it already."""
 FADED = 0.2
 """Share of the median surprise of a prefix's earlier inputs below which a token is no part of its text."""
-TAIL = (0.90, 0.975)
-"""Quantiles that the gain of wrong continuations is extrapolated from."""
+TAIL = (0.75, 0.90)
+"""Quantiles that the gain of wrong continuations is extrapolated from; variants of a text share its next token, so
+that more than one continuation in a hundred is nearly right."""
 SAMPLE = 2**23
 """Pairs that they are taken from; torch.quantile takes no more than twice as many."""
 FEW = 8
@@ -181,13 +183,25 @@ class Evidence:
         return [self.margin[prefix[: t + 1]] for t in range(len(prefix))]
 
 
-def search(sites: SiteScores, allowed: Iterator[tuple[Tensor, Tensor, Tensor]], *, beam: int) -> Evidence:
+def search(
+    sites: SiteScores,
+    allowed: Iterator[tuple[Tensor, Tensor, Tensor]],
+    *,
+    beam: int,
+    batch_size: int,
+    head: HeadScore | None = None,
+) -> Evidence:
     """Grow the beam position by position until no continuation is better than chance.
+
+    A token that is real at a position continues one of B texts, so a continuation's odds by chance are those of its
+    token divided by B.
 
     Args:
         sites: Scores of prefixes.
         allowed: Candidate tokens, their first-layer surprise and log odds, (C,) each, for position 0, 1, ...
         beam: How many prefixes are kept.
+        batch_size: B.
+        head: Scores of next tokens, where the head's gradient is released.
 
     Returns:
         The prefixes and their evidence.
@@ -199,9 +213,11 @@ def search(sites: SiteScores, allowed: Iterator[tuple[Tensor, Tensor, Tensor]], 
     rows = idle = 0
     for position, (tokens, first, prior) in enumerate(allowed):
         children = sites.extend(alive, tokens)
-        gain = (first.repeat(len(alive)) + children.nats).reshape(len(alive), -1)
+        gain = within(first) + children.nats.reshape(len(alive), -1)
+        if head is not None and alive.prefixes is not None:
+            gain = gain + head.following(alive.prefixes.ids)[:, tokens]
         rows += gain.numel()
-        margins = surprise_of_pairs(gain) + prior - math.log(len(tokens))
+        margins = surprise_of_pairs(gain) - SPREAD + prior - math.log(batch_size)
         gains = torch.cat([gains.to(gain).repeat_interleave(len(tokens), 0), gain.reshape(-1, 1)], dim=1)
         kept = _diverse(children.prefixes.ids, gains, beam)
         alive, gains = children.beam(alive, kept), gains[kept]
@@ -209,7 +225,8 @@ def search(sites: SiteScores, allowed: Iterator[tuple[Tensor, Tensor, Tensor]], 
         ids = list(map(tuple, alive.prefixes.ids.tolist()))
         margin |= zip(ids, chosen.tolist(), strict=True)
         nats |= zip(ids, children.nats[kept].tolist(), strict=True)
-        idle = 0 if chosen.max() > math.log(len(gain)) else idle + 1
+        by_chance = math.log(gain.numel() / batch_size) - SPREAD + min(0.0, prior.max().item())
+        idle = 0 if chosen.max() > by_chance else idle + 1
         if idle == PATIENCE:
             return Evidence(margin, nats, rows, f"no continuation beyond chance at position {position + 1 - PATIENCE}")
     return Evidence(margin, nats, rows, "all positions of the model are filled")

@@ -1,8 +1,9 @@
 """The span attack on decoders when the gradient is noisy, rounded or summed: ranks and odds instead of thresholds."""
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,17 +13,26 @@ from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.noisy_beam import Evidence, SiteScores, search
 from lmleak.attacks.span_layers import Site, prefix_sites
-from lmleak.attacks.span_score import FirstLayerScore, SoftRowSpace, posterior, soft_row_space
+from lmleak.attacks.span_score import SoftRowSpace, posterior, soft_row_space
+from lmleak.attacks.span_sparse import RANGE, SparseFirstLayer
 from lmleak.attacks.span_subspace import stacked_gradient
+from lmleak.attacks.span_targets import SPREAD, HeadScore
 from lmleak.attacks.span_tree import Prefix
 from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.gradients.readout import sequence_lengths
 from lmleak.gradients.shared import SharedGradient
+from lmleak.lookup import lookup
 from lmleak.types import AttackCost, Observation, Reconstruction
 
 ODDS = (-10.0, 5.0)
 """Range of the first layer's log odds: it tells which tokens there are, not which belong together."""
 WINDOW = 32
-"""Positions per pass over the vocabulary."""
+"""Positions that are scored together at first; twice as many as long as tokens show in the second half."""
+TYPICAL = 16
+"""Tokens of a text, where the first layer knows no positions: a target of the batch is at one of so many."""
+SLACK = 2
+"""Positions that the longest text may have behind the last one that shows."""
+LENGTHS = {"given": True, "unknown": False}  # whether the server must be told
 
 
 @dataclass(frozen=True)
@@ -31,16 +41,18 @@ class NoisySpan(Attack):
 
     Where ``span`` accepts what lies in a row space up to rounding, this ranks by calibrated surprise
     (:mod:`lmleak.attacks.span_score`) and always answers.
-    1. The attention input of block 0 scores the whole vocabulary at every position.
+    1. The gradient of the first map is explained by few (token, position) pairs (:mod:`lmleak.attacks.span_sparse`).
     2. Prefixes of the best tokens are grown in a beam (:mod:`lmleak.attacks.noisy_beam`), scored at every released map
-       behind the first attention up to the attention input of block 1.
+       behind the first attention up to the attention input of block 1, and by the head's gradient where it is
+       released and noisy (:mod:`lmleak.attacks.span_targets`).
     3. Texts are chosen one by one, each by the evidence of the (position, token) pairs that no chosen text explains.
-       A text ends where the sum of its tokens' margins over chance is largest, or the fit suddenly fades.
+       A text ends where it is known to, or where the sum of its tokens' margins over chance is largest.
+    4. Its last token, no input that reaches the loss, is read off the head's gradient where that tells.
 
-    Assumes the weights and the batch size; no lengths, labels, prior, padding, and nothing about the noise, whose
-    level is read off the gradient. No gradient is evaluated. The last token of a language model's text is no input
-    that reaches the loss and is left out. Differs from the paper's noise variant: noise level and null distributions
-    are estimated (no thresholds), Q, K and V are stacked, several maps vote, a prefix grows by one cached row.
+    Assumes the weights and the batch size; lengths only with ``lengths="given"``; no labels, prior or padding, and
+    nothing about the noise, whose level is read off the gradient. No gradient is evaluated. Differs from the paper's
+    noise variant: noise level and null distributions are estimated (no thresholds), Q, K and V are stacked, several
+    maps vote, a prefix grows by one cached row.
 
     Confidence per token: the posterior probability of a real token against chance, by its first-layer posterior
     (of the vocabulary, about B tokens are real at a position) and the tail probability of the gain that it brings
@@ -60,8 +72,12 @@ class NoisySpan(Attack):
     """Prefixes kept per position; at least the batch size is used."""
     candidates: int = 32
     """Tokens tried per position and prefix; at least 8 per text are used."""
+    lengths: str = "unknown"
+    """"given": texts end where the server is told that they end; "unknown": where their evidence ends."""
 
     def __post_init__(self):
+        if lookup("lengths", self.lengths, LENGTHS):
+            object.__setattr__(self, "assumes", replace(type(self).assumes, lengths=True))
         for option in ("beam", "candidates"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"{option} must be at least 1, got {getattr(self, option)}")
@@ -100,19 +116,26 @@ class NoisySpan(Attack):
             At most as many texts as the batch holds, fewer where nothing is left to explain.
         """
         start = time.perf_counter()
+        size = observation.batch_size
         first, *behind = _sites(adapter)
-        tokens = FirstLayerScore(adapter, first.paths[0], _space(adapter, observation, first), seed=seed)
+        tokens = SparseFirstLayer(adapter, first.paths[0], _space(adapter, observation, first), seed=seed)
         spaces = {
             site: _space(adapter, observation, site) for site in behind if site.is_released(observation.gradient)
         }
         sites = SiteScores(adapter, spaces, max(spaces, key=lambda site: _depth(adapter, site)), seed=seed)
-        count = max(self.candidates, 8 * observation.batch_size)
-        evidence = search(
-            sites, _candidates(tokens, count, observation.batch_size), beam=max(self.beam, observation.batch_size)
-        )
-        texts = select(evidence, observation.batch_size)
+        head = HeadScore.read(adapter, observation, seed=seed)
+        lengths = _visible_lengths(adapter, observation)
+        surprise, longest = _surprise(tokens, observation, max(lengths) if lengths else None)
+        allowed = _candidates(tokens, surprise, head, max(self.candidates, 8 * size), size, longest)
+        sharp = tokens.space.power.max().item() > RANGE  # then row spaces tell all
+        evidence = search(sites, allowed, beam=max(self.beam, size), batch_size=size, head=None if sharp else head)
+        texts = select(evidence, size, lengths, sharp=sharp)
         margins = [evidence.margins(text) for text in texts]
         known = [m for text in margins for m in text]
+        following = head.last(texts) if head is not None else []
+        for i, (token, odds) in enumerate(following):
+            if odds > 0:
+                texts[i], margins[i] = (*texts[i], token), [*margins[i], odds]
         noise = [
             f"{s.noise:.1e} at {site.where} (rank {s.rank})" for site, s in {first: tokens.space, **spaces}.items()
         ]
@@ -123,6 +146,14 @@ class NoisySpan(Attack):
             objective=-sum(known) / len(known) if known else None,
             notes=("noise per coordinate: " + ", ".join(noise),),
         )  # fmt: skip
+
+
+def _visible_lengths(adapter, observation: Observation) -> list[int] | None:
+    """Return how many tokens of every text are inputs that reach the loss; None where lengths are not given."""
+    if observation.layout is None:
+        return None
+    lengths = observation.layout["attention_mask"].sum(1) - int(adapter.task == "causal-lm")
+    return lengths.clamp(min=1).tolist()
 
 
 def _sites(adapter) -> list[Site]:
@@ -141,35 +172,73 @@ def _depth(adapter, site: Site) -> tuple[int, int]:
     return int(later_block), paths.index(site.paths[0])
 
 
-def _candidates(scores: FirstLayerScore, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the best tokens of position 0, 1, ..., their surprise and their log odds at the first layer."""
-    limit = scores.adapter.max_positions()
+def _surprise(scores: SparseFirstLayer, observation: Observation, length: int | None) -> tuple[Tensor, int | None]:
+    """Return the surprise of every token at every position, (V, positions), and how many positions texts have.
+
+    Where lengths are not given, that is up to where a token beats the best that chance gives, or up to where the
+    position table has a gradient, if it is exactly zero behind; else as many as the model has.
+    """
+    if scores.position_free:
+        # Every token of a text is an input of its own, and there are no more of them than directions.
+        width, limit = len(scores.space.basis), scores.adapter.max_positions()
+        return scores.surprise(0, 1), length or (width if limit is None else min(width, limit))
+    if length is not None:
+        return scores.surprise(0, length), length
+    limit, causal = scores.adapter.max_positions(), scores.adapter.task == "causal-lm"
+    table = sequence_lengths(scores.adapter, observation)
+    touched = table.tokens - causal if table.exact else 0
+    stop = WINDOW
+    while True:
+        found = scores.surprise(0, stop if limit is None else min(stop, limit))
+        shown = (found.amax(0) > math.log(found.numel())).nonzero()[:, 0]
+        longest = max(touched, 1 + SLACK + int(shown.max()) if len(shown) else 1)
+        if longest <= stop // 2 or found.shape[1] == limit:
+            return found, min(longest, found.shape[1])
+        stop *= 2
+
+
+def _candidates(
+    scores: SparseFirstLayer, window: Tensor, head: HeadScore | None, count: int, batch_size: int, longest: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the best tokens of position 0, 1, ..., their surprise and their log odds at the first layer.
+
+    Where the head's gradient is released, tokens behind the first must also be targets.
+    """
     # A position holds at most B tokens; without positions at the first layer, as many as the gradient has directions.
     real = max(batch_size, scores.space.rank) if scores.position_free else batch_size
-    position, window = 0, None
-    while limit is None or position < limit:
-        column = 0 if scores.position_free else position % WINDOW
-        if window is None or (column == 0 and not scores.position_free):
-            stop = position + WINDOW if limit is None else min(position + WINDOW, limit)
-            window = scores.surprise(position, position + 1 if scores.position_free else stop)
-            odds = posterior(window, real).logit().clamp(*ODDS)
-        best = window[:, column].topk(min(count, len(window)))
-        yield best.indices, best.values, odds[best.indices, column]
+    target = head.tokens() if head is not None else torch.zeros_like(window[:, 0])
+    # That a token is a target somewhere makes it one of about B T, and says no more of this position.
+    length = TYPICAL if scores.position_free else longest
+    target = (target - SPREAD).clamp(0.0, max(0.0, math.log(len(target) / (batch_size * length))))
+    # A token that is surely in the batch is at this place of one of the texts with probability B / real.
+    highest = min(ODDS[1], math.log(batch_size / (real - batch_size))) if real > batch_size else ODDS[1]
+    position = 0
+    while longest is None or position < longest:
+        surprise = window[:, 0 if scores.position_free else position]
+        evidence = surprise + (target if position else 0.0)
+        # At most B of the vocabulary are real, fewer behind the end of a text: the smaller of the odds by both.
+        odds = posterior(evidence, real).logit().minimum(evidence - SPREAD + math.log(real / len(evidence)))
+        best = evidence.topk(min(count, len(window))).indices
+        yield best, surprise[best], odds.clamp(ODDS[0], highest)[best]
         position += 1
 
 
-def select(evidence: Evidence, batch_size: int) -> list[Prefix]:
+def select(
+    evidence: Evidence, batch_size: int, lengths: list[int] | None = None, *, sharp: bool = True
+) -> list[Prefix]:
     """Return at most B texts, greedily by the margins of the (position, token) pairs not yet explained.
 
     Args:
         evidence: The prefixes of the beam.
         batch_size: B.
+        lengths: Of the B texts, where they are given; the longest text is chosen first.
+        sharp: Whether noise is so small that a sudden loss of fit means the end of a text.
 
     Returns:
-        The texts, the best first; each ends where its sum of margins is largest.
+        The texts, the best first; where lengths are not given, each ends where its sum of margins is largest.
     """
     ended: set[Prefix] = set()
-    for prefix in evidence.margin:  # parents come before children
+    for prefix in evidence.margin if sharp and lengths is None else ():  # parents come before children
         if prefix[:-1] in ended or evidence.fades(prefix):
             ended.add(prefix)
     margins = {prefix: evidence.margins(prefix) for prefix in evidence.margin if prefix not in ended}
@@ -180,9 +249,12 @@ def select(evidence: Evidence, batch_size: int) -> list[Prefix]:
         pairs = zip(enumerate(prefix), margins[prefix], strict=True)
         return sum(margin for pair, margin in pairs if pair not in explained)
 
-    while len(chosen) < batch_size and margins:
-        best = max(margins, key=gain)
-        if gain(best) <= 0 and chosen:
+    for length in sorted(lengths, reverse=True) if lengths else [None] * batch_size:
+        possible = [prefix for prefix in margins if length is None or len(prefix) == length]
+        if not possible:
+            continue
+        best = max(possible, key=gain)
+        if gain(best) <= 0 and chosen and lengths is None:
             break
         chosen.append(best)
         del margins[best]

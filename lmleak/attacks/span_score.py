@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.span_filter import CHUNK, FirstLayerFilter
@@ -51,6 +52,10 @@ class SoftRowSpace:
     """How many singular values exceed what noise alone would give; 0 if none does."""
     noise: float
     """Noise per coordinate in the gradient's unit; the geometric mean over its rows."""
+    power: Tensor
+    """(n,) s_k^2 / m: mean square of the rows along each direction, in units of the noise."""
+    rows: int
+    """m."""
 
     def energy(self, x: Tensor) -> Tensor:
         """Return sum_k w_k (v_k^T x)^2 / ||x||^2 over the last axis, in [0, 1], computed in float64."""
@@ -91,8 +96,9 @@ def soft_row_space(rows: Tensor) -> SoftRowSpace:
     rank, unit = _rank(sigma, m, d)
     squares = (sigma / unit).square()
     return SoftRowSpace(
-        directions.T.contiguous(), squares / (squares + RIDGE * m), rank, unit * noise.log().mean().exp().item()
-    )
+        directions.T.contiguous(), squares / (squares + RIDGE * m), rank, unit * noise.log().mean().exp().item(),
+        squares / m, m,
+    )  # fmt: skip
 
 
 def noise_of_rows(rows: Tensor) -> Tensor:
@@ -242,14 +248,27 @@ class FirstLayerScore(FirstLayerFilter):
 
     def energy(self, start: int, stop: int) -> Tensor:
         """Return the energy of every token at positions ``start`` to ``stop`` - 1, (V, stop - start) float64."""
+        return self.energies(start, stop, self.space.basis * self.space.weight.sqrt())
+
+    def energies(self, start: int, stop: int, weighted: Tensor) -> Tensor:
+        """Return ||W^T f||^2 / ||f||^2 of every token at positions ``start`` to ``stop`` - 1.
+
+        Args:
+            start: First position.
+            stop: End of the positions.
+            weighted: (d, n) W.
+
+        Returns:
+            (V, stop - start) float64.
+        """
         vocabulary = torch.arange(self.adapter.vocabulary_size, device=self.adapter.device)
         if self.norm is None:
             chunks = vocabulary.split(max(1, CHUNK // (stop * self.space.basis.shape[0])))
             return torch.cat([
-                self.space.energy(forward(self.adapter, ids[:, None].expand(-1, stop), stop_at=self.path)[:, start:])
+                (F.normalize(x.double(), dim=-1) @ weighted).square().sum(-1)
                 for ids in chunks
+                for x in [forward(self.adapter, ids[:, None].expand(-1, stop), stop_at=self.path)[:, start:]]
             ])  # fmt: skip
-        weighted = self.space.basis * self.space.weight.sqrt()
         found = []
         for ids in vocabulary.split(max(1, CHUNK // self.space.basis.shape[0])):
             tokens, positions = self._parts(self.norm, ids, stop)
