@@ -4,9 +4,10 @@
     python -m benchmarks.robustness --model configs/models/gpt2.yaml --batch 4 --tokens 12
 
 Compared on the same gradients: a threshold check of the first layer as it is widely used (numerical rank, relative
-distance below a constant), the calibrated score from the first map's gradient alone (queries), and from all maps that
-read the tensor, stacked; each as the share of visible tokens among the 2 B best of their position. Then the texts that
-``noisy-span`` returns. Noise is relative to the RMS of the whole released gradient, and of the stacked one beside it.
+distance below a constant), the calibrated energy from the first map's gradient alone (queries) and from all maps that
+read the tensor, stacked, and the sparse explanation of the stacked gradient that ``noisy-span`` uses; each as the
+share of visible tokens among the 2 B best of their position. Then the texts that ``noisy-span`` returns. Noise is
+relative to the RMS of the whole released gradient, and of the stacked one beside it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 import lmleak
 from lmleak.attacks.span_layers import forward
 from lmleak.attacks.span_score import FirstLayerScore, soft_row_space
+from lmleak.attacks.span_sparse import SparseFirstLayer
 from lmleak.attacks.span_subspace import stacked_gradient
 from lmleak.defenses import parse_defense
 
@@ -42,8 +44,9 @@ def main() -> None:
     texts = torch.randint(adapter.vocabulary_size, shape, generator=generator).tolist() if options.tokens else TEXTS
     batch = adapter.batch(texts)
     shared = lmleak.capture_gradient(adapter, batch, reveal_lengths=False)
-    table = Table("defense", "noise / stacked RMS", "threshold", "queries only", "stacked", "noisy-span token recall",
-                  "precision", "seconds", title=f"{adapter.name}, {batch.size} texts")  # fmt: skip
+    table = Table("defense", "noise / stacked RMS", "threshold", "queries only", "stacked", "explained",
+                  "noisy-span recall", "precision", "seconds",
+                  title=f"{adapter.name}, {batch.size} texts")  # fmt: skip
     for spec in options.defenses:
         table.add_row(spec, *measure(adapter, batch, shared, parse_defense(spec, seed=options.seed)(shared)))
     Console(width=140).print(table)
@@ -58,7 +61,12 @@ def measure(adapter, batch, shared, released) -> list[str]:
     queries = noisy[: adapter.width] if len(paths) == 1 else stacked_gradient(adapter, released.gradient, paths[:1])
     found = lmleak.run_attack("noisy-span", adapter, released)
     score = lmleak.score_text(found, batch)
-    recalls = [threshold_recall(adapter, batch, noisy)] + [recall(adapter, batch, rows) for rows in (queries, noisy)]
+    recalls = [
+        threshold_recall(adapter, batch, noisy),
+        recall(adapter, batch, queries, FirstLayerScore),
+        recall(adapter, batch, noisy, FirstLayerScore),
+        recall(adapter, batch, noisy, SparseFirstLayer),
+    ]
     figures = [ratio.item(), *recalls, score.token_recall, score.token_precision, found.cost.seconds]
     return [f"{figure:.2g}" for figure in figures]
 
@@ -69,10 +77,10 @@ def visible(batch) -> list[tuple[int, int]]:
     return sorted({(p, t) for row, length in zip(ids, mask, strict=True) for p, t in enumerate(row[: length - 1])})
 
 
-def recall(adapter, batch, rows: Tensor) -> float:
+def recall(adapter, batch, rows: Tensor, kind: type[FirstLayerScore]) -> float:
     """Return the share of visible tokens among the 2 B best of their position, or 2 N where there are no positions."""
     pairs = visible(batch)
-    scores = FirstLayerScore(adapter, adapter.attention_inputs(0)[0], soft_row_space(rows), seed=0)
+    scores = kind(adapter, adapter.attention_inputs(0)[0], soft_row_space(rows), seed=0)
     surprise = scores.surprise(0, 1 if scores.position_free else 1 + max(p for p, _ in pairs))
     best = surprise.topk(2 * (len(pairs) if scores.position_free else batch.size), dim=0).indices
     return sum(bool((best[:, 0 if scores.position_free else p] == t).any()) for p, t in pairs) / len(pairs)
