@@ -116,7 +116,7 @@ class ModelAdapter(ABC):
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def select(self, shared: str) -> Selection:
-        """Return which parameters ``shared=`` stands for (DESIGN: theta)."""
+        """Return which parameters theta ``shared=`` stands for."""
         return select_parameters(shared, self)
 
     def shared_loss(self, batch: Batch, x: Tensor, parameters: Mapping[str, Tensor], selection: Selection) -> Tensor:

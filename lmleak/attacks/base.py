@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.meter import Meter
-from lmleak.errors import DataError, UnsupportedCombinationError
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.types import AttackCost, Observation, Reconstruction
 
@@ -101,9 +101,12 @@ class Attack(ABC):
 
         Raises:
             DataError: If the gradient does not fit the model.
+            ConfigError: If the seed is none.
         """
         if not isinstance(shared, SharedGradient):
             raise DataError(f"an attack sees a SharedGradient, got {type(shared).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError(f"attack {self.name!r}: seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         shared.check(adapter)
         self.check(adapter, shared)
         observation = shared.observation(lengths=self.assumes.lengths, labels=self.assumes.labels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.text import TextAdapter
+from lmleak.attacks.lamp_moves import below
 
 Text = tuple[int, ...]
 
@@ -93,10 +94,10 @@ def edits(text: Text, bag: Sequence[int], count: int, lengths: range, generator:
     """
     found = set()
     for kind in range(count):
-        edited, place = list(text), _below(len(text), generator)
-        token = bag[_below(len(bag), generator)]
+        edited, place = list(text), below(len(text), generator)
+        token = bag[below(len(bag), generator)]
         if kind % 4 == 1 and len(text) + 1 in lengths:
-            edited.insert(_below(len(text) + 1, generator), token)
+            edited.insert(below(len(text) + 1, generator), token)
         elif kind % 4 == 3 and len(text) - 1 in lengths:
             del edited[place]
         else:  # twice as often: lengths are roughly known
@@ -122,14 +123,10 @@ def exchanges(
     """
     found = set()
     for kind in range(count):
-        i, j = _below(len(first), generator), _below(len(second), generator)
+        i, j = below(len(first), generator), below(len(second), generator)
         if kind % 2:
             pair = (first[:i] + second[j:], second[:j] + first[i:])
         else:
             pair = ((*first[:i], second[j], *first[i + 1 :]), (*second[:j], first[i], *second[j + 1 :]))
         found.add(pair)
     return sorted(pair for pair in found if all(len(text) in lengths for text in pair))
-
-
-def _below(limit: int, generator: torch.Generator) -> int:
-    return int(torch.randint(limit, (1,), generator=generator))

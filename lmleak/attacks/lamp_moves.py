@@ -18,10 +18,6 @@ def random_orders(length: int, count: int, generator: torch.Generator) -> list[T
     Returns:
         At most ``count`` permutations, each (length,).
     """
-
-    def below(limit: int) -> int:
-        return int(torch.randint(limit, (1,), generator=generator))
-
     identity = list(range(length))
     orders = {tuple(identity)}
     for kind in range(1, count):
@@ -30,12 +26,17 @@ def random_orders(length: int, count: int, generator: torch.Generator) -> list[T
         if kind % 4 == 1:
             order[first], order[second] = order[second], order[first]
         elif kind % 4 == 2:
-            order.insert(below(length), order.pop(below(length)))
+            order.insert(below(length, generator), order.pop(below(length, generator)))
         elif kind % 4 == 3:
             part, rest = order[first:second], order[:first] + order[second:]
-            place = below(len(rest) + 1)
+            place = below(len(rest) + 1, generator)
             order = rest[:place] + part + rest[place:]
         else:
             order = order[second:] + order[:second]
         orders.add(tuple(order))
     return [torch.tensor(order) for order in sorted(orders)]  # the identity sorts first
+
+
+def below(limit: int, generator: torch.Generator) -> int:
+    """Return a random integer from 0 to ``limit`` - 1."""
+    return int(torch.randint(limit, (1,), generator=generator))

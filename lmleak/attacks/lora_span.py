@@ -63,7 +63,9 @@ class LoraSpace:
 
 @dataclass(frozen=True)
 class LoraSpan(Attack):
-    """Exact texts from the gradients of LoRA weights alone, of decoders, while the batch has fewer tokens than r.
+    """Texts but for their last tokens, exactly, from the gradients of LoRA weights alone.
+
+    For decoders, while the batch has fewer tokens than the LoRA rank r.
 
     As the span attack (Petrov et al. 2024, arXiv:2405.15586, section 5.4, takes dL/dA of r = 256 once B has moved),
     with the tests of :mod:`lmleak.gradients.readout_lora`, which hold from the first step on: tokens are those whose
@@ -120,7 +122,7 @@ class LoraSpan(Attack):
         confidence = [
             [min(1.0, max(0.0, 1 - tree.residual[leaf[: t + 1]])) for t in range(len(leaf))] for leaf in leaves
         ]
-        notes = [readout.reason for readout in (*first.readouts, *second.readouts)]
+        notes = [f"{readout.path}: {readout.reason}" for readout in (*first.readouts, *second.readouts)]
         if adapter.task == "causal-lm":
             notes.append("the last token of a text is no input that reaches the loss, and was left out")
         return reconstruction(

@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.span_encoder import recover_encoder
@@ -16,6 +14,7 @@ from lmleak.attacks.span_sentence_test import sentence_sites
 from lmleak.attacks.span_subspace import RowSpace, row_space, stacked_gradient
 from lmleak.attacks.span_tree import Prefix, PrefixTree, grow_tree
 from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.gradients.readout_rank import machine_epsilon
 from lmleak.gradients.shared import SharedGradient
 from lmleak.types import AttackCost, Observation, Reconstruction
 
@@ -168,8 +167,7 @@ def _prefix_site(adapter, gradient) -> Site:
 
 def _span(adapter, observation: Observation, site: Site) -> RowSpace:
     rows = stacked_gradient(adapter, observation.gradient, site.paths)
-    eps = max(torch.finfo(rows.dtype).eps, torch.finfo(adapter.dtype).eps)
-    return row_space(rows, eps)
+    return row_space(rows, machine_epsilon(adapter, rows, observation.defenses))
 
 
 def _stopped(tree: PrefixTree, limit: int | None) -> str:

@@ -121,7 +121,9 @@ def noise_of_rows(rows: Tensor) -> Tensor:
         sigma, directions = _spectrum(scaled)
         trailing = directions[min(half, _rank(sigma, *rows.shape)[0]) :]
         level = (scaled @ trailing.T).square().mean(dim=1, keepdim=True).sqrt()
-        noise = noise * level.clamp(min=max(QUIET * level.max().item(), TINY))
+        # Below rounding of the rows themselves there is no noise to be seen, and dividing by it would overflow.
+        rounding = torch.finfo(rows.dtype).eps * scaled.square().mean().sqrt().item()
+        noise = noise * level.clamp(min=max(QUIET * level.max().item(), rounding, TINY))
     logs = noise.log()
     by_chance = 1 / (2 * max(1, len(trailing)))  # variance of the log of such an estimate
     excess = (logs.var() - by_chance).clamp(min=0) if len(rows) > 1 else logs.new_zeros(())
@@ -141,7 +143,8 @@ def _rank(sigma: Tensor, m: int, d: int) -> tuple[int, float]:
     rank, unit = 0, 1.0
     median, most = _bulk_median(m, d), max(1, len(sigma) - 2)
     while True:  # values above the edge are no part of the bulk: the rank only grows
-        unit = max(sigma[rank:].median().item() / median, TINY)
+        rounding = torch.finfo(sigma.dtype).eps * sigma[0].item()
+        unit = max(sigma[rank:].median().item() / median, rounding, TINY)
         above = min(int((sigma > EDGE * unit * (math.sqrt(m) + math.sqrt(d))).sum()), most)
         if above <= rank:
             return rank, unit

@@ -40,7 +40,8 @@ def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: floa
     Raises:
         ConfigError: If an argument is out of range, or Opacus is not installed.
     """
-    if not (noise_multiplier >= 0 and 0 < sample_rate <= 1 and 0 < delta < 1 and steps >= 1):
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if not (0 <= noise_multiplier < math.inf and 0 < sample_rate <= 1 and 0 < delta < 1 and whole and steps >= 1):
         raise ConfigError(
             "epsilon needs noise_multiplier >= 0, 0 < sample_rate <= 1, steps >= 1 and 0 < delta < 1, got "
             f"noise_multiplier={noise_multiplier!r}, sample_rate={sample_rate!r}, steps={steps!r}, delta={delta!r}"

@@ -20,7 +20,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Name or directory of the tokenizer, if it is not beside the model."""
     weights_seed: int = 0
-    """Seed of random weights (shape files, a head that the checkpoint lacks); the same in capture and attack."""
+    """Seed of random weights (shape files, a head that the checkpoint lacks); the same in capture and attack. A shape
+    file that sets a seed of its own keeps it."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 

@@ -65,7 +65,7 @@ def capture_gradient(
             clipped within an update of several clients or steps.
     """
     clips = max_example_norm is not None
-    if clips and not 0 < max_example_norm < inf:
+    if clips and (not isinstance(max_example_norm, int | float) or not 0 < max_example_norm < inf):
         raise ConfigError(f"max_example_norm must be a number > 0, got {max_example_norm!r}")
     if clips and not aggregation.clients == aggregation.steps == 1:
         raise UnsupportedCombinationError(

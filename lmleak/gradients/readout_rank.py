@@ -41,14 +41,15 @@ def layer_ranks(adapter, observation: Released) -> dict[str, tuple[int, int, int
         if gradient.dim() == 2:
             wide = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
             sigma, _ = equilibrated_spectrum(wide)
-            rank, _ = numerical_rank(sigma, wide.shape[1], machine_epsilon(adapter, gradient))
+            rank, _ = numerical_rank(sigma, wide.shape[1], machine_epsilon(adapter, gradient, observation.defenses))
             ranks[name] = (rank if gradient.any() else 0, *gradient.shape)
     return ranks
 
 
-def machine_epsilon(adapter, gradient: Tensor) -> float:
-    """Return the coarser epsilon of the model's arithmetic and the released numbers."""
-    return max(torch.finfo(gradient.dtype).eps, torch.finfo(adapter.dtype).eps)
+def machine_epsilon(adapter, gradient: Tensor, defenses: tuple[str, ...] = ()) -> float:
+    """Return the coarsest epsilon of the model's arithmetic, the released numbers, and what they were rounded to."""
+    rounded = [torch.finfo(torch.bfloat16).eps] if any(d.startswith("bf16") for d in defenses) else []
+    return max(torch.finfo(gradient.dtype).eps, torch.finfo(adapter.dtype).eps, *rounded)
 
 
 def equilibrated_spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,9 @@ from lmleak.files import write_atomically
 from lmleak.types import SINGLE_STEP, Aggregation, Observation
 
 FORMAT, VERSION = "lmleak-gradient", "1"
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32)
+LAYOUT = ("attention_mask", "token_type_ids")
+LARGEST_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,17 @@ class SharedGradient:
         if not self.gradient:
             raise DataError("a shared gradient needs at least one tensor, got none")
         for name, tensor in self.gradient.items():
+            if tensor.dtype not in NUMBERS:
+                raise DataError(
+                    f"the gradient of {name!r} holds {tensor.dtype}; expected one of "
+                    f"{', '.join(str(kind).removeprefix('torch.') for kind in NUMBERS)}"
+                )
             if not torch.isfinite(tensor).all():
                 raise DataError(
                     f"the gradient of {name!r} holds NaN or Inf; expected finite numbers. "
                     "Check the loss and the learning step that produced it."
                 )
+        _check_public_facts(self.batch_size, self.layout, self.labels)
         self.aggregation.schedule(self.batch_size)  # refuses a batch that cannot be divided so
 
     @property
@@ -98,7 +107,7 @@ class SharedGradient:
     def observation(self, *, lengths: bool, labels: bool) -> Observation:
         """Return what an attacker sees, with lengths and labels only if the attack assumes them known."""
         return Observation(
-            gradient=dict(self.gradient),
+            gradient={n: g if g.is_floating_point() else g.float() for n, g in self.gradient.items()},
             task=self.task,
             batch_size=self.batch_size,
             shared=self.shared,
@@ -217,11 +226,43 @@ class SharedGradient:
                 raise DataError(
                     f"the gradient of {name!r} has shape {tuple(tensor.shape)}, the model's parameter {shapes[name]}"
                 )
+        limit = adapter.max_positions() if hasattr(adapter, "max_positions") else None
+        for name, tensor in self.layout.items():
+            if limit is not None and tensor.shape[1] > limit:
+                raise DataError(f"layout {name!r} has {tensor.shape[1]} positions, the model {limit}")
+        classes = getattr(getattr(adapter, "config", None), "num_labels", None)
+        given = self.labels if classes is not None else None
+        if given is not None and not ((given >= 0) & (given < classes)).all():
+            raise DataError(f"labels {given.tolist()} are out of range: the model has classes 0 to {classes - 1}")
         if self.weights and self.weights != (own := adapter.weights_digest()):
             raise DataError(
                 f"the gradient was taken at weights with digest {self.weights!r}, the model's is {own!r}: another "
                 "training step, or other random weights (shape files and new heads need the same weights seed)"
             )
+
+
+def _check_public_facts(batch_size: int, layout: Mapping[str, Tensor], labels: Tensor | None) -> None:
+    """Refuse revealed lengths and labels that no batch of this size has."""
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise DataError(f"batch_size is {batch_size}; expected 1 to {LARGEST_BATCH}")
+    if unknown := set(layout) - set(LAYOUT):
+        raise DataError(f"unknown layout {min(unknown)!r}; expected {' and '.join(LAYOUT)}")
+    mask = layout.get("attention_mask")
+    for name, tensor in layout.items():
+        whole = not (tensor.is_floating_point() or tensor.is_complex())
+        if not whole or tensor.dim() != 2 or len(tensor) != batch_size or mask is None or tensor.shape != mask.shape:
+            raise DataError(
+                f"layout {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected integers (batch_size, "
+                f"positions), batch_size {batch_size}, as the attention_mask"
+            )
+    if mask is not None and not (((mask == 0) | (mask == 1)).all() and mask.any(1).all()):
+        raise DataError("the attention_mask must hold 1 at tokens and 0 at padding, with a token in every row")
+    if labels is not None and (
+        labels.is_floating_point() or labels.is_complex() or labels.dim() != 1 or len(labels) != batch_size
+    ):
+        raise DataError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected {batch_size} integers, one each"
+        )
 
 
 def inseparable_table(adapter, shared: str, aggregation: Aggregation) -> bool:

@@ -160,6 +160,13 @@ def test_refuses_the_gradient_of_another_model(name, case):
         quick(name).run(other, shared.gradient)
 
 
+def test_refuses_a_seed_that_is_none(name, case):
+    adapter, _, shared = case
+    for seed in (10**23, -1, 1.5):
+        with pytest.raises(ConfigError, match="seed must be"):
+            quick(name).run(adapter, shared, seed=seed)
+
+
 def test_unknown_option_and_name_are_refused_with_a_suggestion(name):
     option = next((f.name for f in fields(ATTACKS[name])), "beam")
     with pytest.raises(ConfigError, match=rf"Did you mean '{option}'"):

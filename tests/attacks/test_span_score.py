@@ -126,3 +126,12 @@ def test_position_free_models_have_one_column():
     _, score = scores("llama")
     assert score.position_free
     torch.testing.assert_close(score.surprise(0, 1), score.surprise(3, 4), rtol=1e-6, atol=1e-6)
+
+
+def test_sparse_rows_without_noise_do_not_overflow():
+    rows = torch.zeros(40, 16, dtype=torch.float64)
+    rows[::7, 3], rows[::5, 9] = 1.0, -2.0
+    noise = noise_of_rows(rows)
+    assert torch.isfinite(noise).all()
+    assert (noise > 0).all()
+    assert torch.isfinite(soft_row_space(rows).weight).all()

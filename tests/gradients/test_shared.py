@@ -320,3 +320,43 @@ def test_gradient_of_a_model_tied_otherwise_is_refused():
     incomplete = whole.released(dict(list(whole.gradient.items())[1:]), "none")
     with pytest.raises(DataError, match=r"lacks 1 parameter\(s\)"):
         incomplete.check(untied)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"layout": {"attention_mask": torch.ones(2, 4)}}, "expected integers"),
+        ({"layout": {"attention_mask": torch.ones(4, dtype=torch.long)}}, "expected integers"),
+        ({"layout": {"attention_mask": torch.ones(5, 4, dtype=torch.long)}}, "batch_size 2"),
+        ({"layout": {"attention_mask": torch.zeros(2, 4, dtype=torch.long)}}, "token in every row"),
+        ({"layout": {"attention_mask": torch.full((2, 4), 3)}}, "1 at tokens"),
+        ({"layout": {"evil": torch.ones(2, 4, dtype=torch.long)}}, "unknown layout"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "2 integers"),
+        ({"labels": torch.zeros(2)}, "2 integers"),
+        ({"batch_size": 10**8}, "batch_size is"),
+        ({"gradient": {"w": torch.zeros(2, 2, dtype=torch.complex64)}}, "complex64"),
+        ({"gradient": {"w": torch.zeros(2, 2, dtype=torch.bool)}}, "bool"),
+    ],
+)
+def test_public_facts_that_no_batch_has_are_refused(wrong, reason):
+    right = {"gradient": {"w": torch.ones(2, 2)}, "task": "causal-lm", "batch_size": 2}
+    SharedGradient(**right)
+    with pytest.raises(DataError, match=reason):
+        SharedGradient(**right | wrong)
+
+
+def test_public_facts_that_the_model_cannot_have_are_refused():
+    adapter, batch = make("bert", size=2)
+    shared = capture_gradient(adapter, batch)
+    with pytest.raises(DataError, match="out of range"):
+        replace(shared, labels=torch.tensor([0, 99])).check(adapter)
+    with pytest.raises(DataError, match="70 positions"):
+        replace(shared, layout={"attention_mask": torch.ones(2, 70, dtype=torch.long)}).check(adapter)
+
+
+def test_integers_are_attacked_as_the_numbers_they_are():
+    adapter, batch = make("gpt2", size=2)
+    shared = capture_gradient(adapter, batch)
+    rounded = replace(shared, gradient={n: (1e3 * g).round().to(torch.int32) for n, g in shared.gradient.items()})
+    seen = rounded.observation(lengths=True, labels=False)
+    assert all(g.is_floating_point() for g in seen.gradient.values())

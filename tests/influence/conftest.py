@@ -14,7 +14,7 @@ def randn(*shape, seed=0):
 
 
 def linear_softmax(batch=1, channels=1, side=3, classes=5, seed=0, scale=1.0):
-    """Flatten and one linear map: the closed form of SCIENCE 1.9 item 11. Returns (adapter, batch, W, b)."""
+    """Flatten and one linear map: which has a closed form. Returns (adapter, batch, W, b)."""
     with torch.random.fork_rng():
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * side * side, classes)).double()
     with torch.no_grad():

@@ -19,7 +19,7 @@ def relative(got, expected):
 
 
 class TestClosedForm:
-    """Linear softmax z = W x + b: r = p - e_y, S = diag(p) - p p^T, M = S W (SCIENCE 1.9 item 11)."""
+    """Linear softmax z = W x + b: r = p - e_y, S = diag(p) - p p^T, M = S W."""
 
     def parts(self, weight, bias, x, y):
         p = torch.softmax(weight @ x + bias, 0)
