@@ -196,7 +196,7 @@ class TestSweep:
     def test_levels_that_cannot_be_are_refused(self, levels):
         adapter, batch = make("bert", size=1)
         solver = InfluenceSolver(GradientJacobian(adapter, batch), adapter.prior())
-        with pytest.raises(ConfigError, match="finite and >= 0"):
+        with pytest.raises(ConfigError, match="finite number >= 0"):
             solver.sweep(levels)
 
 
@@ -238,7 +238,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"noise_std": -1.0}, "finite and >= 0"),
+            ({"noise_std": -1.0}, "finite number >= 0"),
             ({"noise_std": 1.0, "damping": -1.0}, "dampings"),
             ({"noise_std": 1.0, "damping": float("nan")}, "dampings"),
             ({"noise_std": 1.0, "tol": 0.0}, "tol must be positive"),
