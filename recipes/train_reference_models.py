@@ -341,4 +341,4 @@ def save(
 if __name__ == "__main__":
     from lmleak.config import parse_config
 
-    main(parse_config(TrainReferenceModels, sys.argv[1:]))
+    main(parse_config(TrainReferenceModels, sys.argv[1:], prog="train_reference_models.py"))

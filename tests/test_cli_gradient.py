@@ -387,3 +387,9 @@ def test_a_file_exported_from_a_training_loop_is_that_of_capture_gradient(folder
     assert torch.equal(exported.layout["attention_mask"], expected.layout["attention_mask"])
     assert attack() == 0
     assert sorted(row["text"] for row in lines(folder / "recovered.jsonl")) == sorted(TEXTS)
+
+
+def test_a_table_is_no_file_of_texts(folder, capsys):
+    (folder / "texts.csv").write_text("text\nhello there\n")
+    assert main(["score", str(folder / "texts.csv"), str(folder / "texts.csv")]) == REFUSED
+    assert ".jsonl" in refusal(capsys)

@@ -253,7 +253,10 @@ def class_numbers(labels: Sequence[int | str] | None, adapter: TextAdapter, orig
         DataError: If labels are missing or a name is unknown.
     """
     if labels is None:
-        raise DataError(f"{origin} has no labels, and the gradient of a classifier needs them; pass label_column=")
+        raise DataError(
+            f"{origin} has no labels, and the gradient of a classifier needs them; pass label_column=, or labels= "
+            "beside texts="
+        )
     names = {str(k): v for k, v in (adapter.config.label2id or {}).items()}
     numbers = []
     for label in labels:

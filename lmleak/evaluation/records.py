@@ -58,7 +58,7 @@ def read_records(path: str | Path) -> TextRecords:
         Its texts, and their tokens where the file has them.
 
     Raises:
-        DataError: If the file is missing, holds no line, is not UTF-8, or a line is damaged.
+        DataError: If the file is missing, a table, holds no line, is not UTF-8, or a line is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,6 +70,8 @@ def read_records(path: str | Path) -> TextRecords:
     lines = content.split("\n")[: -1 if content.endswith("\n") else None]  # str.splitlines would cut at U+2028 too
     if not content:
         raise DataError(f"{path} holds no text")
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        raise DataError(f"{path}: texts to score are read from .jsonl (a text column) or .txt (one text per line)")
     if path.suffix not in (".jsonl", ".json"):
         return TextRecords(tuple(line.rstrip("\r") for line in lines), None, None, None)
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
