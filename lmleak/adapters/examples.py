@@ -124,3 +124,11 @@ def token_template(adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
             prefix, suffix = whole[:start], whole[start + len(word) :]
             return tuple(prefix), tuple(suffix)
     return (), ()
+
+
+def draw_tokens(adapter, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Return (count, length) token ids drawn uniformly from the tokens that are neither special nor padding."""
+    usable = torch.ones(adapter.vocabulary_size, dtype=torch.bool)
+    usable[sorted(adapter.special_ids() | {adapter.pad_id})] = False
+    usable = usable.nonzero()[:, 0]
+    return usable[torch.randint(len(usable), (count, length), generator=generator)]

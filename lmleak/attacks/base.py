@@ -88,6 +88,17 @@ class Attack(ABC):
                 f"{'only those before it' if adapter.is_causal else 'the whole text'})"
             )
 
+    def _check_counts(self, *options: str) -> None:
+        """Refuse options that count something and are less than one."""
+        for option in options:
+            if getattr(self, option) < 1:
+                raise ConfigError(f"attack {self.name!r}: {option} must be at least 1, got {getattr(self, option)}")
+
+    def _check_blocks(self, adapter: ModelAdapter) -> None:
+        """Refuse a model in which no transformer blocks were recognised."""
+        if not adapter.blocks:
+            raise UnsupportedCombinationError(f"attack {self.name!r} found no transformer blocks in {adapter.name}")
+
     def run(self, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0) -> Reconstruction:
         """Check, strip the gradient to what the attack assumes known, and recover.
 

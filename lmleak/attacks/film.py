@@ -15,7 +15,7 @@ from lmleak.attacks.film_beam import BagBeams, Text, edits, exchanges
 from lmleak.attacks.film_score import Bag, TextScore
 from lmleak.attacks.lamp_moves import random_orders
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
-from lmleak.attacks.span_layers import Site
+from lmleak.attacks.span_layers import first_site
 from lmleak.attacks.span_subspace import row_space, stacked_gradient
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.readout_bag import token_bag
@@ -95,10 +95,10 @@ class FILM(Attack):
         """
         super().check(adapter, shared)
         looked_up = adapter.lookup_table() in shared.gradient and adapter.select(shared.shared).through_lookup
-        if not looked_up and not _first_site(adapter).is_released(shared.gradient):
+        if not looked_up and not first_site(adapter).is_released(shared.gradient):
             raise UnsupportedCombinationError(
                 "attack 'film' needs the looked-up rows of the word-embedding table (shared='all'), or the gradient "
-                f"of {' or '.join(_first_site(adapter).paths)}, to tell which tokens were used; none of them is "
+                f"of {' or '.join(first_site(adapter).paths)}, to tell which tokens were used; none of them is "
                 "released"
             )
         _load_prior(self.prior, adapter)
@@ -171,10 +171,6 @@ class FILM(Attack):
         return changed
 
 
-def _first_site(adapter) -> Site:
-    return Site(adapter.attention_inputs(0) if adapter.blocks else (), "the attention input of block 0")
-
-
 @dataclass(frozen=True)
 class _Length:
     tokens: int
@@ -210,7 +206,7 @@ def _bag_and_length(adapter, observation: Observation, seed: int) -> tuple[Bag, 
 
 def _survivors(adapter, observation: Observation, seed: int) -> tuple[Tensor, int | None]:
     """Return the tokens that the gradient of block 0 allows anywhere, and at how many positions any is allowed."""
-    site = _first_site(adapter)
+    site = first_site(adapter)
     rows = stacked_gradient(adapter, observation.gradient, site.paths)
     if rows is None:
         return torch.zeros(0, dtype=torch.long), None

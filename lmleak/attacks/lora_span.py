@@ -12,7 +12,7 @@ from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
 from lmleak.attacks.span_layers import PrefixModel
 from lmleak.attacks.span_tree import grow_tree
-from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.errors import UnsupportedCombinationError
 from lmleak.gradients.readout_lora import LoraReadout, lora_readout
 from lmleak.gradients.shared import SharedGradient
 from lmleak.types import AttackCost, Observation, Reconstruction
@@ -86,8 +86,7 @@ class LoraSpan(Attack):
     """How many prefixes are kept alive per position."""
 
     def __post_init__(self):
-        if self.beam < 1:
-            raise ConfigError(f"attack 'lora-span': beam must be at least 1, got {self.beam}")
+        self._check_counts("beam")
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
         """Refuse gradients without LoRA weights at both sites, or with a full span.

@@ -12,13 +12,13 @@ from torch import Tensor
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.noisy_beam import Evidence, SiteScores, search
-from lmleak.attacks.span_layers import Site, prefix_sites
+from lmleak.attacks.span_layers import Site, first_site, prefix_sites
 from lmleak.attacks.span_score import SoftRowSpace, posterior, soft_row_space
 from lmleak.attacks.span_sparse import RANGE, SparseFirstLayer
 from lmleak.attacks.span_subspace import stacked_gradient
 from lmleak.attacks.span_targets import SPREAD, HeadScore
 from lmleak.attacks.span_tree import Prefix
-from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.errors import UnsupportedCombinationError
 from lmleak.gradients.readout import sequence_lengths
 from lmleak.gradients.shared import SharedGradient
 from lmleak.lookup import lookup
@@ -78,9 +78,7 @@ class NoisySpan(Attack):
     def __post_init__(self):
         if lookup("lengths", self.lengths, LENGTHS):
             object.__setattr__(self, "assumes", replace(type(self).assumes, lengths=True))
-        for option in ("beam", "candidates"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} must be at least 1, got {getattr(self, option)}")
+        self._check_counts("beam", "candidates")
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
         """Refuse encoders, and gradients without the maps that are read.
@@ -93,8 +91,7 @@ class NoisySpan(Attack):
             UnsupportedCombinationError: With the reason.
         """
         super().check(adapter, shared)
-        if not adapter.blocks:
-            raise UnsupportedCombinationError(f"attack {self.name!r} found no transformer blocks in {adapter.name}")
+        self._check_blocks(adapter)
         first, *behind = _sites(adapter)
         for what, sites in (("which tokens were where", [first]), ("which tokens belong together", behind)):
             if not any(site.is_released(shared.gradient) for site in sites):
@@ -158,7 +155,7 @@ def _visible_lengths(adapter, observation: Observation) -> list[int] | None:
 
 def _sites(adapter) -> list[Site]:
     """Return the attention input of block 0, then the maps that see prefixes."""
-    return [Site(adapter.attention_inputs(0), "the attention input of block 0"), *prefix_sites(adapter)]
+    return [first_site(adapter), *prefix_sites(adapter)]
 
 
 def _space(adapter, observation: Observation, site: Site) -> SoftRowSpace:

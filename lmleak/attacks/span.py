@@ -9,11 +9,11 @@ from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.attacks.span_encoder import recover_encoder
 from lmleak.attacks.span_filter import FirstLayerFilter, by_position
 from lmleak.attacks.span_head import Ending, Unreadable, read_head
-from lmleak.attacks.span_layers import PrefixModel, Site, forward, prefix_sites, random_ids
+from lmleak.attacks.span_layers import PrefixModel, Site, first_site, forward, prefix_sites, random_ids
 from lmleak.attacks.span_sentence_test import sentence_sites
 from lmleak.attacks.span_subspace import RowSpace, row_space, stacked_gradient
 from lmleak.attacks.span_tree import Prefix, PrefixTree, grow_tree
-from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.errors import UnsupportedCombinationError
 from lmleak.gradients.readout_rank import machine_epsilon
 from lmleak.gradients.shared import SharedGradient
 from lmleak.types import AttackCost, Observation, Reconstruction
@@ -67,12 +67,7 @@ class Span(Attack):
     384. When they are spent, the best guesses are returned and ``stopped`` says so."""
 
     def __post_init__(self):
-        if self.beam < 1:
-            raise ConfigError(f"beam must be at least 1, got {self.beam}")
-        if self.restarts < 1:
-            raise ConfigError(f"restarts must be at least 1, got {self.restarts}")
-        if self.evaluations < 1:
-            raise ConfigError(f"evaluations must be at least 1, got {self.evaluations}")
+        self._check_counts("beam", "restarts", "evaluations")
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
         """Refuse gradients without the attention inputs, and models whose gradient spans too little.
@@ -85,8 +80,7 @@ class Span(Attack):
             UnsupportedCombinationError: With the reason.
         """
         super().check(adapter, shared)
-        if not adapter.blocks:
-            raise UnsupportedCombinationError(f"attack 'span' found no transformer blocks in {adapter.name}")
+        self._check_blocks(adapter)
         if not adapter.is_causal:
             _first_site(adapter, shared.gradient)
             sentence_sites(adapter, shared.gradient)
@@ -142,7 +136,7 @@ class Span(Attack):
 
 
 def _first_site(adapter, gradient) -> Site:
-    site = Site(adapter.attention_inputs(0), "the attention input of block 0")
+    site = first_site(adapter)
     if not site.is_released(gradient):
         raise UnsupportedCombinationError(
             f"attack 'span' needs the gradient of {' or '.join(site.paths)} (the attention input of block 0) to tell "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lmleak.adapters.examples import draw_tokens
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import is_linear, weight_rows
 from lmleak.errors import UnsupportedModelError
@@ -86,11 +87,7 @@ def linear_groups(adapter, prefix: str = "") -> list[tuple[str, ...]]:
 
 def random_ids(adapter, count: int, length: int, *, seed: int) -> Tensor:
     """Return (count, length) token ids drawn uniformly from the tokens that are not special."""
-    usable = torch.ones(adapter.vocabulary_size, dtype=torch.bool)
-    usable[sorted(adapter.special_ids() | {adapter.pad_id})] = False
-    usable = usable.nonzero()[:, 0]
-    drawn = torch.randint(len(usable), (count, length), generator=torch.Generator().manual_seed(seed))
-    return usable[drawn]
+    return draw_tokens(adapter, count, length, torch.Generator().manual_seed(seed))
 
 
 def dependence(adapter, path: str) -> tuple[bool, bool]:
@@ -116,6 +113,11 @@ class Site:
     def is_released(self, gradient: Mapping[str, Tensor]) -> bool:
         """Return whether the gradient of at least one of the maps is released."""
         return any(f"{path}.weight" in gradient for path in self.paths)
+
+
+def first_site(adapter) -> Site:
+    """Return the site whose input tells one token and its position; without maps where no blocks were recognised."""
+    return Site(adapter.attention_inputs(0) if adapter.blocks else (), "the attention input of block 0")
 
 
 def prefix_sites(adapter) -> Iterator[Site]:

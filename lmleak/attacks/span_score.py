@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.span_filter import CHUNK, FirstLayerFilter
 from lmleak.attacks.span_layers import forward
-from lmleak.attacks.span_subspace import TINY, RowSpace
+from lmleak.attacks.span_subspace import RowSpace
 from lmleak.errors import UnsupportedCombinationError
+from lmleak.gradients.readout_rank import TINY
 
 RIDGE = 0.2
 """Penalty in units of the noise in a fixed direction; 0.1 to 1 find about the same tokens."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmleak.adapters.structure import weight_rows
 from lmleak.errors import UnsupportedCombinationError
-from lmleak.gradients.readout_rank import equilibrated_spectrum, numerical_rank
+from lmleak.gradients.readout_rank import TINY, equilibrated_spectrum, numerical_rank
 
 FORWARD = 40.0
 """Machine epsilons by which two forward passes over the same tokens may differ, relative to an input's norm."""
@@ -23,7 +23,6 @@ LARGEST_RESIDUAL = 0.02
 """No input counts as one of the batch beyond this, whatever rounding would allow. It matters where a token's gradient
 is itself near rounding (its text ends in what the model predicts with certainty): its direction is then known so badly
 that similar tokens would pass for it."""
-TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from lmleak.adapters.base import ModelAdapter
 from lmleak.adapters.structure import weight_rows
 from lmleak.attacks.base import Assumptions, Attack, reconstruction
-from lmleak.attacks.span_layers import Site
+from lmleak.attacks.span_layers import Site, first_site
 from lmleak.attacks.span_score import FirstLayerScore, soft_row_space
 from lmleak.attacks.span_subspace import stacked_gradient
 from lmleak.attacks.subspace_objective import Candidates, GradientLikelihood, KnownText, sentence_maps
@@ -74,9 +74,7 @@ class Subspace(Attack):
     """Whether embeddings are the unknowns, held by the Gaussian prior, instead of mixtures of candidates."""
 
     def __post_init__(self):
-        for option in ("iterations", "candidates", "restarts", "blocks"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} must be at least 1, got {getattr(self, option)}")
+        self._check_counts("iterations", "candidates", "restarts", "blocks")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
 
@@ -91,9 +89,8 @@ class Subspace(Attack):
             UnsupportedCombinationError: With the reason.
         """
         super().check(adapter, shared)
-        if not adapter.blocks:
-            raise UnsupportedCombinationError(f"attack {self.name!r} found no transformer blocks in {adapter.name}")
-        first = _first_site(adapter)
+        self._check_blocks(adapter)
+        first = first_site(adapter)
         if not first.is_released(shared.gradient):
             raise UnsupportedCombinationError(
                 f"attack {self.name!r} needs the gradient of one of {', '.join(first.paths)} to tell which tokens "
@@ -119,7 +116,7 @@ class Subspace(Attack):
             The reconstruction.
         """
         start = time.perf_counter()
-        first, *behind = _first_site(adapter), *sentence_maps(adapter, observation.gradient, self.blocks)
+        first, *behind = first_site(adapter), *sentence_maps(adapter, observation.gradient, self.blocks)
         rows = {site: stacked_gradient(adapter, observation.gradient, site.paths) for site in (first, *behind)}
         rows = {site: gradient for site, gradient in rows.items() if site == first or gradient.any()}
         scores = FirstLayerScore(adapter, first.paths[0], soft_row_space(rows[first]), seed=seed)
@@ -143,10 +140,6 @@ class Subspace(Attack):
             objective=-best.nats,
             notes=_notes(adapter, likelihood, len(guesses), sum(sweeps for _, sweeps in polished)),
         )  # fmt: skip
-
-
-def _first_site(adapter) -> Site:
-    return Site(adapter.attention_inputs(0), "the attention input of block 0")
 
 
 def _input_width(adapter, site: Site) -> int:

@@ -23,7 +23,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from lmleak.gradients.readout_rank import Released, equilibrated_spectrum, machine_epsilon, numerical_rank
+from lmleak.gradients.readout_rank import TINY, Released, equilibrated_spectrum, machine_epsilon, numerical_rank
 
 SIGNIFICANCE = 0.01
 """Probability of one false row or more among all rows, under noise."""
@@ -35,7 +35,6 @@ CLEAR = 2.0
 """Factor between the rounding expected of a row and its residual, either way, up to which the answer is unsure."""
 FORWARD = 40.0
 """Machine epsilons by which sums over the batch may differ from exact ones, relative to the norm of a row."""
-TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmleak.gradients.readout_rank import Released, equilibrated_spectrum, machine_epsilon, numerical_rank
+from lmleak.gradients.readout_rank import TINY, Released, equilibrated_spectrum, machine_epsilon, numerical_rank
 
 ACCEPTED = 2.0
 """Multiple of the expected rounding up to which an input counts as one of the batch."""
@@ -24,7 +24,6 @@ FORWARD = 40.0
 """Machine epsilons by which two forward passes over the same tokens may differ, relative to an input's norm."""
 LARGEST_RESIDUAL = 0.02
 """No input counts as one of the batch beyond this, whatever rounding would allow."""
-TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)

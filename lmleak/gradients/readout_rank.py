@@ -19,6 +19,8 @@ SMALLEST_GAP = 3.0
 SMALLEST_ROW = 1e-12
 """Rows of smaller relative norm are not scaled up to unit norm: they hold no signal."""
 
+TINY = torch.finfo(torch.float64).tiny
+
 Released = Observation | SharedGradient
 """What a readout looks at: the released gradient and the public facts that travel with it."""
 
@@ -66,11 +68,11 @@ def equilibrated_spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = rows.double()
     norms = rows.norm(dim=1, keepdim=True)
-    rows = rows / norms.clamp(min=max(SMALLEST_ROW * norms.max().item(), torch.finfo(torch.float64).tiny))
+    rows = rows / norms.clamp(min=max(SMALLEST_ROW * norms.max().item(), TINY))
     if len(rows) > rows.shape[1]:
         rows = torch.linalg.qr(rows, mode="r").R
     _, sigma, directions = torch.linalg.svd(rows, full_matrices=False)
-    return sigma / sigma[0].clamp(min=torch.finfo(torch.float64).tiny), directions
+    return sigma / sigma[0].clamp(min=TINY), directions
 
 
 def numerical_rank(sigma: Tensor, width: int, eps: float) -> tuple[int, float]:

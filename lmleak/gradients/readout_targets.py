@@ -16,7 +16,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
-from lmleak.adapters.examples import token_template
+from lmleak.adapters.examples import draw_tokens, token_template
 from lmleak.gradients.readout_bag import token_bag
 from lmleak.gradients.readout_rank import Released
 
@@ -208,7 +208,7 @@ def constant_direction(adapter, head, *, seed: int) -> tuple[Tensor, float]:
     handle = head.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0].double()))
     try:
         for _ in range(ceil(needed / (16 * length))):
-            ids = _random_ids(adapter, 16, length, generator)
+            ids = draw_tokens(adapter, 16, length, generator)
             adapter.logits(adapter.embed(ids), _layout(adapter, torch.ones_like(ids)))
     finally:
         handle.remove()
@@ -227,17 +227,10 @@ def _mean_probabilities(adapter, observation: Released, seed: int) -> Tensor:
     predicted = []
     with torch.no_grad():
         for length in lengths * max(1, GUESSES // len(lengths)):
-            words = _random_ids(adapter, 1, max(1, length - len(prefix) - len(suffix)), generator)[0]
+            words = draw_tokens(adapter, 1, max(1, length - len(prefix) - len(suffix)), generator)[0]
             ids = torch.cat([prefix, words, suffix])[None]
             predicted.append(adapter.logits(adapter.embed(ids), _layout(adapter, torch.ones_like(ids))).softmax(-1))
     return torch.cat(predicted).mean(0).double().cpu()
-
-
-def _random_ids(adapter, count: int, length: int, generator: torch.Generator) -> Tensor:
-    usable = torch.ones(adapter.vocabulary_size, dtype=torch.bool)
-    usable[sorted(adapter.special_ids() | {adapter.pad_id})] = False
-    usable = usable.nonzero()[:, 0]
-    return usable[torch.randint(len(usable), (count, length), generator=generator)]
 
 
 def _layout(adapter, mask: Tensor) -> dict[str, Tensor]:
