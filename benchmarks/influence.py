@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.cases import run_cases
 
 SHAPES = ["configs/models/bert-base.yaml", "configs/models/gpt2.yaml"]
 
@@ -39,22 +40,13 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))))
         return
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = []
-    for shape in options.shapes:
-        for tokens in options.tokens:
-            case = {"shape": shape, "tokens": tokens, "threads": options.threads, "device": options.device,
-                    "reference": options.reference}  # fmt: skip
-            print(f"measuring {shape}, {tokens} tokens ...", file=sys.stderr)
-            command = [sys.executable, "-m", "benchmarks.influence", "--case", json.dumps(case)]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if finished.returncode:
-                sys.exit(f"{shape}, {tokens} tokens failed with status {finished.returncode}")
-            results.append(json.loads(finished.stdout.splitlines()[-1]))
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(results[-1]) + "\n")
-    Console(width=150).print(table(results))
+    cases = [
+        {"shape": shape, "tokens": tokens, "threads": options.threads, "device": options.device,
+         "reference": options.reference}
+        for shape in options.shapes
+        for tokens in options.tokens
+    ]  # fmt: skip
+    Console(width=150).print(table(run_cases("benchmarks.influence", cases, options.output)))
 
 
 def measure(shape: str, tokens: int, threads: int, device: str, reference: bool) -> dict:

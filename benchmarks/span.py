@@ -11,14 +11,13 @@ without them.
 import argparse
 import json
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import run_cases
 from benchmarks.influence import clock, report
 
 SHAPE = "configs/models/gpt2.yaml"
@@ -38,22 +37,13 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))))
         return
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = []
-    for size in options.cases:
-        batch, tokens = map(int, size.split("x"))
-        case = {"shape": options.shape, "batch": batch, "tokens": tokens, "threads": options.threads,
-                "device": options.device, "reference": options.reference}  # fmt: skip
-        report(f"measuring {batch} texts of {tokens} tokens ...")
-        command = [sys.executable, "-m", "benchmarks.span", "--case", json.dumps(case)]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if finished.returncode:
-            sys.exit(f"case {size} failed with status {finished.returncode}")
-        results.append(json.loads(finished.stdout.splitlines()[-1]))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-    Console(width=150).print(table(results))
+    sizes = [map(int, size.split("x")) for size in options.cases]
+    cases = [
+        {"shape": options.shape, "batch": batch, "tokens": tokens, "threads": options.threads,
+         "device": options.device, "reference": options.reference}
+        for batch, tokens in sizes
+    ]  # fmt: skip
+    Console(width=150).print(table(run_cases("benchmarks.span", cases, options.output)))
 
 
 def measure(shape: str, batch: int, tokens: int, threads: int, device: str, reference: bool) -> dict:
