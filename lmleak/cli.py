@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from lmleak.errors import ConfigError, DataError, LmleakError
+from lmleak.files import refused_writes
 from lmleak.lookup import suggest
 
 REFUSED, GATE_FAILED = 2, 3
@@ -76,8 +77,7 @@ def audit(argv: Sequence[str]) -> int:
     result = run_audit(config, command=shlex.join(["lmleak", "audit", *argv]))
     if process_state().is_main_process:
         page = write_report(result.rows, result.meta, result.folder)
-        Console().print(console_table(result.rows, result.meta))
-        print(f"report: {page}")
+        _show(console_table(result.rows, result.meta), f"report: {page}")
     if config.fail_above is None:
         return 0
     return _gate(result.worst_recall, config.fail_above)
@@ -88,7 +88,7 @@ def _gate(worst_recall: float | None, threshold: float) -> int:
         raise ConfigError("fail_above cannot judge: no attack could run under the defenses asked for")
     failed = worst_recall > threshold
     verdict = "FAILED" if failed else "passed"
-    print(f"gate {verdict}: the strongest attack recovered {worst_recall:.1%} of tokens, allowed are {threshold:.1%}")
+    _show(f"gate {verdict}: the strongest attack recovered {worst_recall:.1%} of tokens, allowed are {threshold:.1%}")
     return GATE_FAILED if failed else 0
 
 
@@ -112,8 +112,7 @@ def report(argv: Sequence[str]) -> int:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder} holds damaged results: {error}") from error
     page = write_report(rows, meta, folder)
-    Console().print(console_table(rows, meta))
-    print(f"report: {page}")
+    _show(console_table(rows, meta), f"report: {page}")
     return 0
 
 
@@ -125,7 +124,7 @@ def capture(argv: Sequence[str]) -> int:
     from lmleak.report.recovery import capture_lines
 
     config = parse_config(CaptureConfig, argv, prog="lmleak capture")
-    print(*capture_lines(run_capture(config)), sep="\n")
+    _show(*capture_lines(run_capture(config)))
     return 0
 
 
@@ -139,8 +138,7 @@ def attack(argv: Sequence[str]) -> int:
     config = parse_config(AttackConfig, argv, prog="lmleak attack", positional=("gradient",))
     with Console(stderr=True).status(Text(f"attacking {config.gradient} with {config.attack}")):
         result = run_recovery(config)
-    Console().print(recovery_table(result))
-    print(*recovery_lines(result), sep="\n")
+    _show(recovery_table(result), *recovery_lines(result))
     return 0
 
 
@@ -153,10 +151,24 @@ def score(argv: Sequence[str]) -> int:
 
     config = parse_config(ScoreConfig, argv, prog="lmleak score", positional=("recovered", "reference"))
     result = run_score(config)
-    Console().print(score_table(result))
-    for note in score_notes(result):
-        print(note)
+    _show(score_table(result), *score_notes(result))
     return 0
+
+
+def _show(*parts: RenderableType) -> None:
+    """Print tables, and lines as they are; refuse if the output's disk is full."""
+    with refused_writes("the standard output"):
+        try:
+            for part in parts:
+                if isinstance(part, str):
+                    print(part)  # plainly: private text may hold square brackets
+                else:
+                    Console().print(part)
+            sys.stdout.flush()
+        except OSError:
+            # What is still buffered would fail again, with a traceback, when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
 
 
 def _quiet_libraries() -> None:

@@ -19,19 +19,20 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
         write: Writes the content to the path it is given. If it raises, nothing has changed.
 
     Returns:
-        The path. What the file system refuses is raised as ``OSError``.
+        The path. What the file system refuses is raised as ``ConfigError``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with refused_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     return path
 
 
@@ -59,8 +60,11 @@ def refuse_unwritable(path: str | os.PathLike, option: str) -> None:
 
 
 @contextmanager
-def refused_writes() -> Iterator[None]:
+def refused_writes(path: str | os.PathLike) -> Iterator[None]:
     """Turn what the file system refuses within into a refusal that the command line prints.
+
+    Args:
+        path: The file that is written, for the message.
 
     Yields:
         Nothing.
@@ -71,4 +75,6 @@ def refused_writes() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot write {error.filename or 'the output'}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"cannot write {os.fspath(path)}: {error.strerror or error}; make room there or name another place"
+        ) from error

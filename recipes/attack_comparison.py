@@ -26,8 +26,16 @@ from rich.console import Console
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.defenses import derived_seed, parse_defense
-from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import AuditConfig, ExampleEvaluator, ResultFolder, finish, process_state, run_items
+from lmleak.errors import ConfigError
+from lmleak.evaluation import (
+    AuditConfig,
+    ExampleEvaluator,
+    ResultFolder,
+    exit_status,
+    finish,
+    process_state,
+    run_items,
+)
 from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, gradient_seconds, model_of, seeded_batch
 from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, example_settings, identity, make_items
 from lmleak.evaluation.model import ModelConfig
@@ -179,30 +187,26 @@ def item_rows(config: ComparisonConfig, number: int, item: Item) -> list[dict]:
     ]  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
+@exit_status
+def main(argv: list[str]) -> None:
     """Run the study; exit status 2 if the input is refused."""
-    try:
-        config = parse_config(ComparisonConfig, argv, prog="attack_comparison.py")
-        state = process_state(config.processes)
-        torch.set_num_threads(config.threads)
-        items, digests = items_of(config, state)
-        settings = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
-        settings["attacks"] = attack_specs(config.attacks, config.iterations)
-        folder = ResultFolder(config.output, settings, identity=digests)
-        rows = run_items(items, lambda i, item: item_rows(config, i, item), folder, state, label="attacking")
-        if state.is_main_process:
-            entries = compare(rows, seed=config.seed)
-            write_text_atomically(folder.path / "attack_comparison.csv", comparison_csv(entries))
-            image = encode(comparison_figure(entries), "png")
-            write_atomically(folder.path / "attack_comparison.png", lambda path: path.write_bytes(image))
-            Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(entries))
-            print(*refusal_lines(entries), sep="\n")
-            print(f"table and figure: {folder.path}")
-        finish(state)
-    except LmleakError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse_config(ComparisonConfig, argv, prog="attack_comparison.py")
+    state = process_state(config.processes)
+    torch.set_num_threads(config.threads)
+    items, digests = items_of(config, state)
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
+    settings["attacks"] = attack_specs(config.attacks, config.iterations)
+    folder = ResultFolder(config.output, settings, identity=digests)
+    rows = run_items(items, lambda i, item: item_rows(config, i, item), folder, state, label="attacking")
+    if state.is_main_process:
+        entries = compare(rows, seed=config.seed)
+        write_text_atomically(folder.path / "attack_comparison.csv", comparison_csv(entries))
+        image = encode(comparison_figure(entries), "png")
+        write_atomically(folder.path / "attack_comparison.png", lambda path: path.write_bytes(image))
+        Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(entries))
+        print(*refusal_lines(entries), sep="\n")
+        print(f"table and figure: {folder.path}")
+    finish(state)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from lmleak.adapters import TextAdapter, adapt
 from lmleak.attacks import ATTACKS, Attack, parse_attack
 from lmleak.config import parse_config
 from lmleak.defenses import derived_seed, parse_defense
-from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import AuditConfig, ResultFolder, finish, process_state, run_items
+from lmleak.errors import ConfigError
+from lmleak.evaluation import AuditConfig, ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, model_of, seeded_batch
 from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, identity, make_items
 from lmleak.evaluation.model import ModelConfig, load_text_model
@@ -306,30 +306,26 @@ def document(rows: Sequence[Mapping[str, str]]) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
+@exit_status
+def main(argv: list[str]) -> None:
     """Measure and write; exit status 2 if the input is refused."""
-    try:
-        config = parse_config(AttackTableConfig, argv, prog="attack_table.py")
-        state = process_state(config.processes)
-        torch.set_num_threads(config.threads)
-        target = Path(config.document)
-        numbers = target.with_suffix(".csv")
-        rows = read_csv(numbers)
-        if config.measure:
-            items, digests = items_of(config)
-            for spec in attack_specs(config.attacks, config.iterations):
-                new = measure(config, spec, items, digests, state)
-                rows = [row for row in rows if row["attack"] != new[0]["attack"]] + new
-        if state.is_main_process:
-            rows.sort(key=lambda row: row["attack"])  # stable: models and ways of sharing stay in order
-            write_text_atomically(numbers, as_csv(rows))
-            write_text_atomically(target, document(rows))
-            print(f"written: {target}")
-        finish(state)
-    except LmleakError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse_config(AttackTableConfig, argv, prog="attack_table.py")
+    state = process_state(config.processes)
+    torch.set_num_threads(config.threads)
+    target = Path(config.document)
+    numbers = target.with_suffix(".csv")
+    rows = read_csv(numbers)
+    if config.measure:
+        items, digests = items_of(config)
+        for spec in attack_specs(config.attacks, config.iterations):
+            new = measure(config, spec, items, digests, state)
+            rows = [row for row in rows if row["attack"] != new[0]["attack"]] + new
+    if state.is_main_process:
+        rows.sort(key=lambda row: row["attack"])  # stable: models and ways of sharing stay in order
+        write_text_atomically(numbers, as_csv(rows))
+        write_text_atomically(target, document(rows))
+        print(f"written: {target}")
+    finish(state)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from defense_report import comparison, figure, tables, write_csv
-from defense_settings import Setting, parse_study_attack, start_anew
+from defense_settings import Setting, start_anew
 from rich.console import Console
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import TextAdapter, load_adapter
+from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.data import load_examples
 from lmleak.data.embedded import messages
 from lmleak.defenses import derived_seed
-from lmleak.errors import ConfigError, DataError, LmleakError, UnsupportedCombinationError
-from lmleak.evaluation import ResultFolder, finish, process_state, run_items
-from lmleak.evaluation.audit import class_numbers, identity
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
+from lmleak.evaluation import ResultFolder, exit_status, finish, process_state, run_items
+from lmleak.evaluation.audit import identity
+from lmleak.evaluation.labels import class_numbers
 from lmleak.metrics import score_text
 from lmleak.types import IGNORE, TextBatch
 
@@ -56,7 +58,7 @@ class ComparisonConfig:
     settings: list[str]
     """What is compared: none, a defense, dp(max_norm=, noise_multiplier=), dropout(p=), freeze-embeddings,
     lora(rank=), or several joined by "+"; "none" must be among them."""
-    attacks: list[str] = field(default_factory=lambda: ["table-rows", "span", "gs(iterations=100)"])
+    attacks: list[str] = field(default_factory=lambda: ["bag(lengths=given)", "span", "gs(iterations=100)"])
     """Attacks on every setting; one that does not apply is recorded with its reason."""
     model: str = "reference-bert"
     """Embedded name, local directory, shape file or hub id of a classifier or causal language model."""
@@ -116,7 +118,7 @@ class ComparisonConfig:
         for spec in self.settings:
             Setting(spec)
         for spec in self.attacks:
-            parse_study_attack(spec)
+            parse_attack(spec)
 
     @property
     def sample_rate(self) -> float:
@@ -263,7 +265,7 @@ def leakage_rows(config: ComparisonConfig, splits: Splits, spec: str, sample: in
     found = {}
     for attack in config.attacks:
         try:  # hashed: from its own seed no attack can compute that of the noise
-            recovered = parse_study_attack(attack).run(adapter, shared, seed=derived_seed(seed, SEARCH))
+            recovered = parse_attack(attack).run(adapter, shared, seed=derived_seed(seed, SEARCH))
         except UnsupportedCombinationError as error:
             found[attack] = {"refused": str(error)}
             continue
@@ -284,33 +286,29 @@ def items_of(config: ComparisonConfig) -> Iterator[tuple[str, str, float | int]]
         yield from (("leakage", spec, sample) for sample in range(config.samples))
 
 
-def main(argv: list[str]) -> int:
+@exit_status
+def main(argv: list[str]) -> None:
     """Run the study; exit status 2 if the input is refused."""
-    try:
-        config = parse_config(ComparisonConfig, argv, prog="defense_comparison.py")
-        state = process_state()
-        torch.set_num_threads(1)
-        disable_progress_bar()  # of weight loading; the study has its own
-        adapter = start(config, Setting("none"))
-        splits = load_splits(config, adapter)
-        measure = {"utility": utility_rows, "leakage": leakage_rows}
-        items = list(items_of(config))
-        settings = {name: value for name, value in asdict(config).items() if name != "output"}
-        folder = ResultFolder(config.output, settings, identity=identity(adapter, list(vars(splits).values())))
-        work = lambda _, item: measure[item[0]](config, splits, *item[1:])
-        rows = run_items(items, work, folder, state, label="comparing")
-        if state.is_main_process:
-            entries = comparison(rows, config)
-            write_csv(entries, folder.path / "defense_comparison.csv")
-            figure(entries, folder.path / "defense_comparison.png")
-            console = Console(width=None if sys.stdout.isatty() else 200)
-            for table in tables(entries, config):
-                console.print(table)
-        finish(state)
-    except LmleakError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse_config(ComparisonConfig, argv, prog="defense_comparison.py")
+    state = process_state()
+    torch.set_num_threads(1)
+    disable_progress_bar()  # of weight loading; the study has its own
+    adapter = start(config, Setting("none"))
+    splits = load_splits(config, adapter)
+    measure = {"utility": utility_rows, "leakage": leakage_rows}
+    items = list(items_of(config))
+    settings = {name: value for name, value in asdict(config).items() if name != "output"}
+    folder = ResultFolder(config.output, settings, identity=identity(adapter, list(vars(splits).values())))
+    work = lambda _, item: measure[item[0]](config, splits, *item[1:])
+    rows = run_items(items, work, folder, state, label="comparing")
+    if state.is_main_process:
+        entries = comparison(rows, config)
+        write_csv(entries, folder.path / "defense_comparison.csv")
+        figure(entries, folder.path / "defense_comparison.png")
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for table in tables(entries, config):
+            console.print(table)
+    finish(state)
 
 
 if __name__ == "__main__":

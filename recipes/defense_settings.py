@@ -3,18 +3,15 @@
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
 from lmleak.adapters import TextAdapter, adapt
-from lmleak.attacks import ATTACKS
-from lmleak.attacks.base import Assumptions, Attack, reconstruction
 from lmleak.defenses import DEFENSES, Chain, Defense, GaussianNoise, NoDefense
-from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.errors import ConfigError
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.specification import build_parts
-from lmleak.types import AttackCost, Observation, Reconstruction, TextBatch
+from lmleak.types import TextBatch
 
 EXAMPLE = "lora(rank=8)+dp(max_norm=1, noise_multiplier=1)"
 
@@ -157,53 +154,3 @@ def start_anew(adapter: TextAdapter, roles: tuple[str, ...], seed: int) -> None:
         p = parameters[name]
         p.copy_(0.02 * torch.randn(p.shape, generator=generator) if p.dim() > 1 else torch.full(
             p.shape, float(name.endswith("weight"))))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TableRows(Attack):
-    """Read the tokens off the rows of the word table's gradient: the longest rows, as many as there are tokens.
-
-    An untied table's row v gets the sum of dL/dx over the places of token v and nothing else, so noise apart a row is
-    not zero only if v was an input. Order and repetitions are not told: every text gets the whole bag, by length of
-    the row, which for several texts leaves recall what it is and lowers precision.
-    """
-
-    name: ClassVar[str] = "table-rows"
-    paper: ClassVar[str] = "Melis et al. 2019, Exploiting Unintended Feature Leakage, arXiv:1805.04049, section 4.1"
-    assumes: ClassVar[Assumptions] = Assumptions(
-        tasks=("sequence-classification", "causal-lm", "masked-lm"), lengths=True, labels=False,
-        parameters="the looked-up rows of an untied word table",
-    )  # fmt: skip
-
-    def check(self, adapter: TextAdapter, shared: SharedGradient) -> None:
-        """Refuse a gradient without the table's looked-up rows alone.
-
-        Args:
-            adapter: The model.
-            shared: The released gradient.
-
-        Raises:
-            UnsupportedCombinationError: If the table is frozen, withheld or tied.
-        """
-        super().check(adapter, shared)
-        if adapter.lookup_table() not in shared.gradient or adapter.lookup_table_is_tied():
-            raise UnsupportedCombinationError(
-                f"attack {self.name!r} reads the rows of an untied word table, and that gradient is not released"
-            )
-
-    def recover(self, adapter: TextAdapter, observation: Observation, *, seed: int) -> Reconstruction:
-        """Return the bag, once per text; confidence is a row's length relative to the longest."""
-        norms = observation.gradient[adapter.lookup_table()].double().norm(dim=1)
-        count = int(observation.layout["attention_mask"].sum())
-        ids = [i for i in norms.argsort(descending=True, stable=True)[:count].tolist() if norms[i] > 0]
-        confidence = [(norms[i] / norms.max()).item() for i in ids]
-        size = observation.batch_size
-        return reconstruction(
-            self.name, adapter, [ids] * size, [confidence] * size, cost=AttackCost(0.0), stopped="all rows compared"
-        )
-
-
-def parse_study_attack(spec: str) -> Attack:
-    """Return an attack of the toolkit or of this study."""
-    (attack,) = build_parts(spec, "attack", ATTACKS | {TableRows.name: TableRows}, "tag(iterations=500)")
-    return attack

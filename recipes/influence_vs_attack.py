@@ -22,8 +22,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from rich.console import Console
 
 from lmleak.config import parse_config
-from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import AuditConfig, finish, process_state, run_audit
+from lmleak.errors import ConfigError
+from lmleak.evaluation import AuditConfig, exit_status, finish, process_state, run_audit
 from lmleak.report.correlation import correlation_table
 from lmleak.report.page import write_report
 
@@ -41,21 +41,17 @@ class StudyConfig(AuditConfig):
             raise ConfigError("a comparison needs at least one attack and two noise levels")
 
 
-def main(argv: list[str]) -> int:
+@exit_status
+def main(argv: list[str]) -> None:
     """Run the study; exit status 2 if the input is refused."""
-    try:
-        config = parse_config(StudyConfig, argv, prog="influence_vs_attack.py")
-        result = run_audit(config, command=shlex.join(["influence_vs_attack.py", *argv]))
-        if process_state().is_main_process:
-            page = write_report(result.rows, result.meta, result.folder)
-            width = None if sys.stdout.isatty() else 200  # in a log, one line per row
-            Console(width=width).print(correlation_table(result.rows, result.meta))
-            print(f"report: {page}")
-        finish(process_state())
-    except LmleakError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse_config(StudyConfig, argv, prog="influence_vs_attack.py")
+    result = run_audit(config, command=shlex.join(["influence_vs_attack.py", *argv]))
+    if process_state().is_main_process:
+        page = write_report(result.rows, result.meta, result.folder)
+        width = None if sys.stdout.isatty() else 200  # in a log, one line per row
+        Console(width=width).print(correlation_table(result.rows, result.meta))
+        print(f"report: {page}")
+    finish(process_state())
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.data import load_examples
 from lmleak.defenses import GaussianNoise, derived_seed
-from lmleak.errors import ConfigError, LmleakError
-from lmleak.evaluation import ResultFolder, finish, process_state, run_items
+from lmleak.errors import ConfigError
+from lmleak.evaluation import ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.audit import identity
+from lmleak.files import write_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence.recovery import METHODS, RecoveryPredictor
 from lmleak.metrics import calibration_error
@@ -287,33 +288,30 @@ def console_table(entries: list[dict]) -> Table:
     return table
 
 
-def main(argv: list[str]) -> int:
+@exit_status
+def main(argv: list[str]) -> None:
     """Run the study; exit status 2 if the input is refused."""
-    try:
-        config = parse_config(RecoveryConfig, argv, prog="predicted_recovery.py")
-        state = process_state()
-        torch.set_num_threads(1)
-        examples = load_examples(config.data, limit=config.samples)
-        labels = examples.labels or [None] * len(examples.texts)
-        texts = list(zip(examples.texts, labels, strict=True))
-        items = [(model, text, label) for model in config.models for text, label in texts]
-        weights = {model: identity(adapter_of(model, config.seed), items) for model in config.models}
-        settings = {k: v for k, v in asdict(config).items() if k != "output"}
-        folder = ResultFolder(config.output, settings, identity=weights)
-        rows = run_items(items, lambda i, item: text_rows(config, i, *item), folder, state, label="predicting")
-        if state.is_main_process:
-            pairs = [*PAIRS, *(("substitution", spec) for spec in config.attacks)]
-            entries = summary(rows, pairs, config.seed)
-            (folder.path / "calibration.csv").write_text(as_csv(entries))
-            (folder.path / "levels.csv").write_text(as_csv(level_means(rows)))
-            (folder.path / "calibration.png").write_bytes(encode(figure(rows), "png"))
-            Console(width=None if sys.stdout.isatty() else 160).print(console_table(entries))
-            print(f"table and figure: {folder.path}")
-        finish(state)
-    except LmleakError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse_config(RecoveryConfig, argv, prog="predicted_recovery.py")
+    state = process_state()
+    torch.set_num_threads(1)
+    examples = load_examples(config.data, limit=config.samples)
+    labels = examples.labels or [None] * len(examples.texts)
+    texts = list(zip(examples.texts, labels, strict=True))
+    items = [(model, text, label) for model in config.models for text, label in texts]
+    weights = {model: identity(adapter_of(model, config.seed), items) for model in config.models}
+    settings = {k: v for k, v in asdict(config).items() if k != "output"}
+    folder = ResultFolder(config.output, settings, identity=weights)
+    rows = run_items(items, lambda i, item: text_rows(config, i, *item), folder, state, label="predicting")
+    if state.is_main_process:
+        pairs = [*PAIRS, *(("substitution", spec) for spec in config.attacks)]
+        entries = summary(rows, pairs, config.seed)
+        image = encode(figure(rows), "png")
+        write_text_atomically(folder.path / "calibration.csv", as_csv(entries))
+        write_text_atomically(folder.path / "levels.csv", as_csv(level_means(rows)))
+        write_atomically(folder.path / "calibration.png", lambda path: path.write_bytes(image))
+        Console(width=None if sys.stdout.isatty() else 160).print(console_table(entries))
+        print(f"table and figure: {folder.path}")
+    finish(state)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lmleak.config import parse_config
 from lmleak.data.embedded import LABELS, Message, messages, sample_messages
 from lmleak.data.embedded.vocabulary import train_byte_level_bpe, train_wordpiece
 from lmleak.errors import ConfigError
+from lmleak.evaluation import exit_status
 from lmleak.types import IGNORE
 
 Loss = Callable[[PreTrainedModel, Mapping[str, Tensor]], Tensor]
@@ -338,7 +340,11 @@ def save(
     return card
 
 
-if __name__ == "__main__":
-    from lmleak.config import parse_config
+@exit_status
+def command(argv: list[str]) -> None:
+    """Train as the arguments say; exit status 2 if the input is refused."""
+    main(parse_config(TrainReferenceModels, argv, prog="train_reference_models.py"))
 
-    main(parse_config(TrainReferenceModels, sys.argv[1:], prog="train_reference_models.py"))
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

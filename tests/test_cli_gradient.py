@@ -1,7 +1,11 @@
 """capture, attack and score: from private texts to a file, from the file alone to texts, and how right they are."""
 
 import json
+import os
+import resource
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -197,6 +201,46 @@ def test_a_full_disk_is_refused_and_leaves_no_part(folder, capsys, monkeypatch):
     assert not list(folder.glob("*recovered*"))
 
 
+@pytest.mark.parametrize("limit", [1000, 100_000])  # bytes: no header fits, or only a part of the tensors
+def test_a_gradient_that_does_not_fit_on_the_disk_is_refused(folder, capsys, limit):
+    """safetensors has an error of its own for it."""
+    held = sorted(p.name for p in folder.iterdir())
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # stands in for the end of the disk
+    try:
+        status = capture()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert status == REFUSED
+    assert "cannot write gradient.safetensors: " in refusal(capsys)
+    assert sorted(p.name for p in folder.iterdir()) == held
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_printing_to_a_full_disk_is_refused(folder):
+    (folder / "recovered.jsonl").write_text('{"text": "hello there"}\n')
+    (folder / "private.txt").write_text("hello you\n")
+    command = [sys.executable, "-m", "lmleak.cli", "score", "recovered.jsonl", "private.txt"]
+    environment = os.environ | {"PYTHONPATH": str(Path(lmleak.__file__).parents[1])}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == REFUSED
+    assert done.stderr == (
+        "refused: cannot write the standard output: No space left on device; make room there or name another place\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["capture", "audit"])
+def test_labels_for_a_language_model_are_refused(folder, capsys, command):
+    held = sorted(p.name for p in folder.iterdir())
+    texts = ["--texts", *TEXTS, "--labels", "0", "1"]
+    assert main([command, "--model", "reference-gpt2", "--device", "cpu", *texts]) == REFUSED
+    error = refusal(capsys)
+    assert "got 2 labels, but reference-gpt2 is a language model (task 'causal-lm')" in error
+    assert "drop labels=, or give a classifier" in error
+    assert sorted(p.name for p in folder.iterdir()) == held
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -216,9 +260,10 @@ def poison(path):
         (poison, [], "holds NaN or Inf"),
         (lambda path: path.write_text("hello"), [], "not a readable safetensors file"),
         (lambda path: path.unlink(), [], "no gradient file at"),
-        (None, ["--model", "reference-bert"], "captured from another model ('reference-gpt2')"),
+        (None, ["--model", "reference-bert"], "The gradient says task 'causal-lm' and model 'reference-gpt2'"),
         (None, ["--model", "shape.yaml"], "has shape (384,), the model's parameter (48,)"),
         (None, ["--task", "masked-lm"], "The gradient says task 'causal-lm'"),
+        (None, ["--model", "reference-bert", "--task", "causal-lm"], "reference-bert is an encoder"),
         (None, ["--attack", "spam"], "Did you mean 'span'"),
         (None, ["--attack", "span(beam=a)"], "beam must be an integer, got 'a'"),
         (None, ["--attack", "tag(learning_rate=a)"], "learning_rate must be a number, got 'a'"),

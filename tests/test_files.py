@@ -31,7 +31,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
         write_text_atomically(path, "\udcff")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     for target in (path, tmp_path / "new.txt"):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(ConfigError, match=rf"cannot write .*{target.name}: disk full; make room"):
             write_text_atomically(target, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]

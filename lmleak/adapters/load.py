@@ -85,7 +85,7 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
         The adapter.
 
     Raises:
-        ConfigError: If the task is not one of those.
+        ConfigError: If the task is not one of those, or not one of this model.
         UnsupportedModelError: If the model cannot be audited, or its task cannot be told.
     """
     refuse_unfit(model)
@@ -102,7 +102,15 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
             )
         task = "image-classification"
     if task in TEXT_TASKS:
-        return TextAdapter(model, tokenizer, task=task, name=name)
+        adapter = TextAdapter(model, tokenizer, task=task, name=name)
+        if task == "causal-lm" and not adapter.is_causal:
+            raise ConfigError(
+                f"task 'causal-lm' predicts every token from those before it, and {adapter.name} is an encoder: its "
+                f"positions see the whole text ({type(_innermost(model)).__name__}, is_decoder="
+                f"{getattr(adapter.config, 'is_decoder', False)}). Write task='masked-lm' or "
+                "task='sequence-classification', or give a decoder such as reference-gpt2"
+            )
+        return adapter
     if task == "image-classification":
         return VisionAdapter(model, task=task, name=name)
     raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, 'image-classification'])}")

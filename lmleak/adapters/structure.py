@@ -141,8 +141,10 @@ def text_roles(model: nn.Module, names: list[str], blocks: list[str]) -> dict[st
         return "embeddings" if "embed" in module_path.lower() and not in_head else "head"
 
     order = ["embeddings", *(f"block {i}" for i in range(len(blocks))), "head"]
-    by_role = {r: tuple(n for n in names if role(n) == r) for r in order}
-    return {r: members for r, members in by_role.items() if members}
+    by_role: dict[str, list[str]] = {r: [] for r in order}
+    for name in names:
+        by_role[role(name)].append(name)
+    return {r: tuple(members) for r, members in by_role.items() if members}
 
 
 def attention_inputs(model: nn.Module, block: str, run: Callable[[], object]) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ class TextAdapter(ModelAdapter):
         self.embedding = self.model.get_input_embeddings()
         self.family = FAMILIES.get(self.config.model_type)
         self.blocks = find_blocks(self.model, getattr(self.config, "num_hidden_layers", None))
+        self._attention_inputs: dict[int, tuple[str, ...]] = {}
         self.position_padding = position_padding(self.model)
         self.vocabulary_size, self.width = self.embedding.weight.shape
         self.pad_id = self._pad_id()
@@ -318,7 +319,7 @@ class TextAdapter(ModelAdapter):
     def is_causal(self) -> bool:
         """Whether every position sees only the tokens before it; True without recognised blocks."""
         special = self.special_ids() | {self.pad_id}
-        words = [i for i in range(self.vocabulary_size) if i not in special][:5]
+        words = sorted(range(self.vocabulary_size), key=special.__contains__)[:5]  # special ones if need be
         layout = {"attention_mask": torch.ones(1, 4, dtype=torch.long, device=self.device)}
 
         def run(last: int):
@@ -329,6 +330,11 @@ class TextAdapter(ModelAdapter):
 
     def attention_inputs(self, block: int) -> tuple[str, ...]:
         """Return the module paths of the linear maps that read a block's attention input."""
+        if block not in self._attention_inputs:
+            self._attention_inputs[block] = self._find_attention_inputs(block)
+        return self._attention_inputs[block]
+
+    def _find_attention_inputs(self, block: int) -> tuple[str, ...]:
         if block >= len(self.blocks):
             raise UnsupportedModelError(
                 f"{self.name} has {len(self.blocks)} recognised blocks, asked for block {block}"

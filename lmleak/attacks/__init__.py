@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from lmleak.adapters.base import ModelAdapter
+from lmleak.attacks.bag import Bag
 from lmleak.attacks.base import Attack
 from lmleak.attacks.film import FILM
 from lmleak.attacks.lamp import LAMP
@@ -22,6 +23,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "tag": TAG,
     "gs": GS,
     "lamp": LAMP,
+    "bag": Bag,
     "film": FILM,
     "span": Span,
     "noisy-span": NoisySpan,
@@ -91,6 +93,6 @@ def run_attack(
 
 
 __all__ = [
-    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "LoraSpan", "NoisySpan", "Span", "Subspace",
+    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "Bag", "LoraSpan", "NoisySpan", "Span", "Subspace",
     "make_attack", "parse_attack", "run_attack",
 ]  # fmt: skip

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmleak.adapters.structure import weight_rows
 from lmleak.attacks.base import reconstruction
 from lmleak.attacks.span_filter import FirstLayerFilter
 from lmleak.attacks.span_head import Unreadable, head_coefficients, read_classes
-from lmleak.attacks.span_layers import Site, forward, linear_groups
+from lmleak.attacks.span_layers import Site, forward, head_gradient
 from lmleak.attacks.span_sentences import Sentence, SentenceSearch, search_sentences
 from lmleak.attacks.span_subspace import RowSpace
 from lmleak.types import AttackCost, Observation, Reconstruction
@@ -112,12 +111,10 @@ def _search_notes(search: SentenceSearch, guesses: list[Sentence], tokens: First
 
 def _head(adapter, observation: Observation, sentences: list[Sentence]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the head's gradient (K, d), and its input (n, d) and output (n, K) for all sentences, joined."""
-    path = linear_groups(adapter)[-1][-1]
-    module = adapter.model.get_submodule(path)
-    # A tied weight goes by the table's name.
-    name = next((n for n, p in adapter.model.named_parameters() if p is module.weight), None)
-    if name not in observation.gradient:
+    path, gradient = head_gradient(adapter, observation.gradient)
+    if gradient is None:
         raise Unreadable("the output head's gradient is not released")
+    module = adapter.model.get_submodule(path)
     calls: list[tuple[Tensor, Tensor]] = []
     hook = module.register_forward_hook(lambda module, arguments, output: calls.append((arguments[0], output)))
     try:
@@ -126,7 +123,6 @@ def _head(adapter, observation: Observation, sentences: list[Sentence]) -> tuple
     finally:
         hook.remove()
     hidden, outputs = (torch.cat([t.reshape(-1, t.shape[-1]) for t in column]) for column in zip(*calls, strict=True))
-    gradient = weight_rows(module, observation.gradient[name]).to(adapter.device)
     if len(hidden) >= gradient.shape[1]:
         raise Unreadable(f"{len(hidden)} inputs of the head are not fewer than its width {gradient.shape[1]}")
     return gradient, hidden, outputs

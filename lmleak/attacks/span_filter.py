@@ -23,7 +23,7 @@ from lmleak.errors import UnsupportedModelError
 
 PROPOSAL = 1e-2
 """Relative distance below which the separable form proposes a token."""
-CHUNK = 2**22
+CHUNK = 2**21
 """Numbers per intermediate tensor."""
 
 
@@ -68,6 +68,9 @@ class SeparableNorm:
     def squared_residual(self, tokens: Tensor, positions: Tensor, basis: Tensor) -> Tensor:
         """Return 1 - ||Q^T f||^2 / ||f||^2 for all pairs, from Gram terms.
 
+        The tokens are read twice: in one product with everything they meet, and squared. Where the mean is removed, it
+        is removed from what they meet: (a - mean a) . w = a . (w - mean w).
+
         Args:
             tokens: (V, d) what a token adds before the norm, A.
             positions: (L, d) what a position adds, P.
@@ -76,19 +79,36 @@ class SeparableNorm:
         Returns:
             (V, L).
         """
-        a, p = self.primed(tokens), self.primed(positions)
-        spread = a.square().mean(-1)[:, None] + p.square().mean(-1) + 2 * (a @ p.T) / a.shape[1]
+        p = self.primed(positions)
+        width, count = p.shape[1], len(p)
+        q = self.gain[:, None] * basis  # (d, r)
+        met = [p, self.primed(self.gain.square() * p), self.primed(self.gain * self.shift)[None], self.primed(q.T)]
+        sizes = [count, count, 1, q.shape[1], 1, 1]
+        met += [torch.full_like(p[:1], 1 / width), self.gain.square()[None]]
+        with_p, scaled_with_p, with_shift, coordinates, mean, with_square = (tokens @ torch.cat(met).T).split(sizes, 1)
+        squares, scaled_squares = (
+            tokens.square() @ torch.stack([torch.ones_like(self.gain), self.gain.square()], 1)
+        ).split(1, 1)
+        if self.centred:
+            squares = squares - width * mean.square()
+            scaled_squares = scaled_squares + mean.square() * self.gain.square().sum() - 2 * mean * with_square
+        spread = (squares + p.square().sum(-1) + 2 * with_p) / width
         scale = (spread.clamp(min=0) + self.epsilon).rsqrt()
-        whole = _squared_norm(scale, a * self.gain, p * self.gain, self.shift)
-        inside = _squared_norm(scale, (a * self.gain) @ basis, (p * self.gain) @ basis, self.shift @ basis)
+        whole = _squared_norm(
+            scale, scaled_squares + (self.gain * p).square().sum(-1) + 2 * scaled_with_p,
+            with_shift + (self.gain * p) @ self.shift, self.shift,
+        )  # fmt: skip
+        p, shift = p @ q, self.shift @ basis  # from here on in the coordinates of the basis
+        inside = _squared_norm(
+            scale, coordinates.square().sum(-1, keepdim=True) + p.square().sum(-1) + 2 * (coordinates @ p.T),
+            (coordinates @ shift)[:, None] + p @ shift, shift,
+        )  # fmt: skip
         return 1 - inside / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
-def _squared_norm(scale: Tensor, u: Tensor, w: Tensor, shift: Tensor) -> Tensor:
-    """Return ||s_vp (u_v + w_p) + shift||^2, (V, L), from inner products."""
-    squares = u.square().sum(-1)[:, None] + w.square().sum(-1) + 2 * (u @ w.T)
-    with_shift = (u @ shift)[:, None] + w @ shift
-    return scale.square() * squares + 2 * scale * with_shift + shift.square().sum()
+def _squared_norm(scale: Tensor, squared: Tensor, with_shift: Tensor, shift: Tensor) -> Tensor:
+    """Return ||s z + shift||^2 from s, ||z||^2, z . shift, all (V, L), and the shift."""
+    return scale * (scale * squared + 2 * with_shift) + shift.square().sum()
 
 
 @dataclass(frozen=True)
@@ -143,7 +163,7 @@ class FirstLayerFilter:
         norm = SeparableNorm.probe(*found, truth.shape[-1]) if found else None
         if norm is None:
             return None
-        tokens, positions = self._parts(norm, ids.reshape(-1), ids.shape[1])
+        tokens, positions = self._token_parts(norm, ids.reshape(-1)), self._position_parts(norm, ids.shape[1])
         pairs = tokens.reshape(*ids.shape, -1) + positions
         if not (norm(pairs) - truth).norm() < tolerance * truth.norm():
             return None
@@ -170,11 +190,16 @@ class FirstLayerFilter:
                 return path, self.adapter.model.get_submodule(path)
         return None
 
-    def _parts(self, norm: SeparableNorm, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return what tokens (at position 0) and positions (beyond position 0) add before the norm."""
-        tokens_first = forward(self.adapter, tokens[:, None], stop_at=norm.path)[:, 0]
-        repeated = forward(self.adapter, tokens[:1].expand(1, length), stop_at=norm.path)[0]
-        return tokens_first, repeated - repeated[:1]
+    def _token_parts(self, norm: SeparableNorm, tokens: Tensor) -> Tensor:
+        """Return what tokens add before the norm, (n, d), position 0 included."""
+        return forward(self.adapter, tokens[:, None], stop_at=norm.path)[:, 0]
+
+    def _position_parts(self, norm: SeparableNorm, length: int) -> Tensor:
+        """Return what positions add before the norm beyond position 0, (length, d)."""
+        repeated = forward(self.adapter, random_ids(self.adapter, 1, 1, seed=0).expand(1, length), stop_at=norm.path)[
+            0
+        ]
+        return repeated - repeated[:1]
 
     def survivors(self, start: int, stop: int) -> list[Survivors]:
         """Return the survivors at positions ``start`` to ``stop`` - 1."""
@@ -200,10 +225,10 @@ class FirstLayerFilter:
         if self.norm is None:
             return vocabulary
         basis = self.span.basis.to(self.adapter.dtype)
+        positions = self._position_parts(self.norm, stop)[start:]
         proposed = []
         for ids in vocabulary.split(max(1, CHUNK // self.span.width)):
-            tokens, positions = self._parts(self.norm, ids, stop)
-            squared = self.norm.squared_residual(tokens, positions[start:], basis)
+            squared = self.norm.squared_residual(self._token_parts(self.norm, ids), positions, basis)
             proposed.append(ids[(squared <= self.proposal**2).any(dim=1)])
         return torch.cat(proposed)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmleak.adapters.structure import weight_rows
-from lmleak.attacks.span_layers import forward, linear_groups
+from lmleak.attacks.span_layers import forward, head_gradient
 from lmleak.attacks.span_tree import Prefix
 from lmleak.types import Observation
 
@@ -27,7 +26,7 @@ UNEXPLAINED = 1e-3
 """Largest accepted share of a head-gradient row outside the span of the prefixes' hidden states."""
 LARGEST = 64
 """Most probable tokens that m_t is estimated from, or 4 B: the median of c / p, since at most B are targets."""
-ROWS = 2**14
+ROWS = 2**12
 """Rows of the head's gradient per pass."""
 LEAVES = 8
 """Texts per forward pass."""
@@ -62,20 +61,16 @@ def read_head(adapter, observation: Observation, prefixes: list[Prefix]) -> list
     Raises:
         Unreadable: With the reason.
     """
-    path = linear_groups(adapter)[-1][-1]
-    module = adapter.model.get_submodule(path)
-    # A tied weight goes by the table's name.
-    name = next((n for n, p in adapter.model.named_parameters() if p is module.weight), None)
-    if name not in observation.gradient:
+    path, gradient = head_gradient(adapter, observation.gradient)
+    if gradient is None:
         raise Unreadable("the output head's gradient is not released")
-    gradient = weight_rows(module, observation.gradient[name]).to(adapter.device)
     if len(prefixes) >= gradient.shape[1]:
         raise Unreadable(f"{len(prefixes)} distinct prefixes are not fewer than the hidden size {gradient.shape[1]}")
     hidden, logits = _states(adapter, path, prefixes)
     coefficients, explained = head_coefficients(gradient, hidden)
     probabilities = logits.softmax(-1)
     if adapter.task == "causal-lm":
-        also_looked_up = module.weight is adapter.embedding.weight and _has_looked_up_rows(adapter, observation)
+        also_looked_up = adapter.lookup_table_is_tied() and _has_looked_up_rows(adapter, observation)
         if observation.aggregation.clients > 1:
             if also_looked_up or not explained.all():
                 raise Unreadable("the recovered prefixes do not explain the head's gradient of several clients")

@@ -85,6 +85,27 @@ def linear_groups(adapter, prefix: str = "") -> list[tuple[str, ...]]:
     return [tuple(paths) for _, paths in groups]
 
 
+def head_gradient(adapter, gradient: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
+    """Return the path of the linear map that makes the model's output, and its gradient if it is released.
+
+    Args:
+        adapter: The model.
+        gradient: Released gradient per parameter name.
+
+    Returns:
+        The path, and (classes, d) on the model's device or None.
+    """
+    head = adapter.model.get_output_embeddings()
+    if head is not None and is_linear(head):
+        path = next(path for path, module in adapter.model.named_modules() if module is head)
+    else:
+        path = linear_groups(adapter)[-1][-1]
+    module = adapter.model.get_submodule(path)
+    # A tied weight goes by the table's name.
+    name = next((n for n, p in adapter.model.named_parameters() if p is module.weight), None)
+    return path, weight_rows(module, gradient[name]).to(adapter.device) if name in gradient else None
+
+
 def random_ids(adapter, count: int, length: int, *, seed: int) -> Tensor:
     """Return (count, length) token ids drawn uniformly from the tokens that are not special."""
     return draw_tokens(adapter, count, length, torch.Generator().manual_seed(seed))

@@ -273,12 +273,11 @@ class FirstLayerScore(FirstLayerFilter):
                 for ids in chunks
                 for x in [forward(self.adapter, ids[:, None].expand(-1, stop), stop_at=self.path)[:, start:]]
             ])  # fmt: skip
-        found = []
-        for ids in vocabulary.split(max(1, CHUNK // self.space.basis.shape[0])):
-            tokens, positions = self._parts(self.norm, ids, stop)
-            outside = self.norm.squared_residual(tokens.double(), positions[start:].double(), weighted)
-            found.append(1 - outside)
-        return torch.cat(found)
+        positions = self._position_parts(self.norm, stop)[start:].double()
+        return torch.cat([
+            1 - self.norm.squared_residual(self._token_parts(self.norm, ids).double(), positions, weighted)
+            for ids in vocabulary.split(max(1, CHUNK // self.space.basis.shape[0]))
+        ])  # fmt: skip
 
     def surprise(self, start: int, stop: int) -> Tensor:
         """Return nats, (V, stop - start): how unlikely it is that a token not in the batch fits so well."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmleak.adapters.structure import weight_rows
 from lmleak.errors import UnsupportedCombinationError
-from lmleak.gradients.readout_rank import TINY, equilibrated_spectrum, numerical_rank
+from lmleak.gradients.readout_rank import TINY, row_spectrum
 
 FORWARD = 40.0
 """Machine epsilons by which two forward passes over the same tokens may differ, relative to an input's norm."""
@@ -120,7 +120,7 @@ def stacked_gradient(adapter, gradient: Mapping[str, Tensor], paths: Sequence[st
 
 
 def row_space(rows: Tensor, eps: float) -> RowSpace:
-    """Return the numerical row space of a gradient, from one float64 singular value decomposition.
+    """Return the numerical row space of a gradient, in float64.
 
     Every row is scaled to unit norm first. That leaves the row space as it is, and makes rounding equally large in all
     rows: those of Q and K are often orders of magnitude smaller than those of V and drown in its rounding otherwise
@@ -142,6 +142,5 @@ def row_space(rows: Tensor, eps: float) -> RowSpace:
         raise UnsupportedCombinationError(
             "the released gradient of the attention inputs is zero, so its row space says nothing"
         )
-    sigma, directions = equilibrated_spectrum(rows)
-    rank, tail = numerical_rank(sigma, rows.shape[1], eps)
-    return RowSpace(directions[:rank].T.contiguous(), sigma[:rank], tail, eps)
+    spectrum = row_spectrum(rows, eps)
+    return RowSpace(spectrum.directions.T.contiguous(), spectrum.sigma, spectrum.tail, eps)

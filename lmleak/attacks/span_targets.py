@@ -16,8 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmleak.adapters.structure import weight_rows
-from lmleak.attacks.span_layers import forward, linear_groups, random_ids
+from lmleak.attacks.span_layers import forward, head_gradient, random_ids
 from lmleak.attacks.span_score import TAIL
 from lmleak.attacks.span_tree import Prefix
 from lmleak.types import Observation
@@ -74,14 +73,8 @@ class HeadScore:
         """Return the scores; None for other tasks, and where the head's gradient is withheld or rounded to nothing."""
         if adapter.task != "causal-lm":
             return None
-        path = linear_groups(adapter)[-1][-1]
-        module = adapter.model.get_submodule(path)
-        # A tied weight goes by the table's name.
-        name = next((n for n, p in adapter.model.named_parameters() if p is module.weight), None)
-        if name not in observation.gradient:
-            return None
-        gradient = weight_rows(module, observation.gradient[name])
-        if (gradient == 0).all(1).double().mean() > ERASED:
+        path, gradient = head_gradient(adapter, observation.gradient)
+        if gradient is None or (gradient == 0).all(1).double().mean() > ERASED:
             return None
         return cls(adapter, gradient, path, seed=seed)
 

@@ -11,11 +11,11 @@ from lmleak.evaluation.recover import (
     run_recovery,
     run_score,
 )
-from lmleak.evaluation.run import finish, process_state, run_items
+from lmleak.evaluation.run import exit_status, finish, process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
 
 __all__ = [
     "AttackConfig", "AttackResult", "AuditConfig", "AuditResult", "CaptureConfig", "CaptureResult", "ExampleEvaluator",
-    "ExampleSettings", "ResultFolder", "ScoreConfig", "ScoreResult", "finish", "process_state", "run_audit",
-    "run_capture", "run_items", "run_recovery", "run_score",
+    "ExampleSettings", "ResultFolder", "ScoreConfig", "ScoreResult", "exit_status", "finish", "process_state",
+    "run_audit", "run_capture", "run_items", "run_recovery", "run_score",
 ]  # fmt: skip

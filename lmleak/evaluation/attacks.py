@@ -1,20 +1,19 @@
 """Attacks side by side: one way of sharing a gradient, one attack on what was shared, its scores and its cost."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 from lmleak.adapters.text import TextAdapter
 from lmleak.attacks import ATTACKS, Attack, parse_attack
 from lmleak.attacks.meter import Meter
 from lmleak.defenses import Defense, NoDefense, derived_seed
-from lmleak.errors import ConfigError, UnsupportedCombinationError
-from lmleak.evaluation.capture import DROPOUT_STREAM
-from lmleak.evaluation.example import ATTACK_STREAM, MASK_STREAM
+from lmleak.errors import ConfigError
 from lmleak.evaluation.model import load_text_model
+from lmleak.evaluation.scored import DROPOUT_STREAM, MASK_STREAM, scored_attack
 from lmleak.gradients import SharedGradient, capture_gradient
-from lmleak.metrics import lamp_scores, score_text
-from lmleak.types import SINGLE_STEP, Aggregation, TextBatch
+from lmleak.metrics import TextScore, lamp_scores
+from lmleak.types import SINGLE_STEP, Aggregation, Reconstruction, TextBatch
 
 REPEATS = 3  # gradients timed, of which the fastest counts
 
@@ -95,28 +94,24 @@ def attack_result(
         adapter: The model.
         shared: What the server received.
         batch: The truth.
-        seed: The batch's seed; the attack gets one derived from it, from which that of the noise cannot be computed.
+        seed: The batch's seed, from which the attack's is derived (:func:`scored_attack`).
 
     Returns:
         ``{"refused": reason}`` if the combination is impossible. Else the scores of ``score_text`` (special tokens
         off), ``lamp_rouge1``, ``lamp_rouge2``, ``lamp_rougeL`` (special tokens counted), what was recovered per
         private text, and the attack's cost. Embedding errors are left out: most of the attacks recover none.
     """
-    try:
-        recovered = attack.run(adapter, shared, seed=derived_seed(seed, ATTACK_STREAM))
-    except UnsupportedCombinationError as error:
-        return {"refused": str(error)}
-    scores = score_text(recovered, batch).to_dict()
-    examples, lamp = scores.pop("per_example"), lamp_scores(recovered, batch, adapter)
-    return scores | {
-        "lamp_rouge1": lamp.rouge1,
-        "lamp_rouge2": lamp.rouge2,
-        "lamp_rougeL": lamp.rougeL,
-        "recovered": [e["text"] for e in examples],
-        **asdict(recovered.cost),
-        "stopped": recovered.stopped,
-        "notes": list(recovered.notes),
-    }
+
+    def more(recovered: Reconstruction, score: TextScore) -> dict:
+        lamp = lamp_scores(recovered, batch, adapter)
+        return {
+            "lamp_rouge1": lamp.rouge1,
+            "lamp_rouge2": lamp.rouge2,
+            "lamp_rougeL": lamp.rougeL,
+            "recovered": [example.text for example in score.per_example],
+        }
+
+    return scored_attack(attack, adapter, shared, batch, seed=seed, more=more)
 
 
 def attack_specs(specs: Iterable[str], iterations: int | None = None) -> list[str]:

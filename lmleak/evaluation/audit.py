@@ -25,9 +25,9 @@ from lmleak.data import Examples, load_examples
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
 from lmleak.evaluation.example import ExampleEvaluator, ExampleSettings
+from lmleak.evaluation.labels import batch_labels
 from lmleak.evaluation.run import process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
-from lmleak.lookup import suggest
 
 NOT_PART_OF_RESULTS = ("output", "resume", "fail_above", "processes", "threads")
 SMALL_MODEL = 5_000_000  # parameters
@@ -230,40 +230,10 @@ def make_items(
     count = min(config.samples, len(examples.texts) // size)
     if count == 0:
         raise DataError(f"{examples.origin} holds {len(examples.texts)} examples, fewer than batch_size={size}")
-    labels = None
-    if adapter.task == "sequence-classification":
-        labels = class_numbers(examples.labels, adapter, examples.origin)
+    labels = batch_labels(examples, adapter, given=config.labels)
     starts = range(0, count * size, size)
     items = [(examples.texts[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
     return items, examples.origin
-
-
-def class_numbers(labels: Sequence[int | str] | None, adapter: TextAdapter, origin: str) -> list[int]:
-    """Return class numbers for labels that may be class names of the model's configuration.
-
-    Args:
-        labels: Numbers or names.
-        adapter: The classifier.
-        origin: Where the labels come from, for messages.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        DataError: If labels are missing or a name is unknown.
-    """
-    if labels is None:
-        raise DataError(
-            f"{origin} has no labels, and the gradient of a classifier needs them; pass label_column=, or labels= "
-            "beside texts="
-        )
-    names = {str(k): v for k, v in (adapter.config.label2id or {}).items()}
-    numbers = []
-    for label in labels:
-        if isinstance(label, str) and label not in names:
-            raise DataError(f"{origin}: the model has no class {label!r}. {suggest(label, names)}")
-        numbers.append(names[label] if isinstance(label, str) else label)
-    return numbers
 
 
 def example_settings(config: AuditConfig) -> ExampleSettings:

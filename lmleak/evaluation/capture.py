@@ -8,15 +8,13 @@ from lmleak.adapters import TextAdapter
 from lmleak.data import Examples, load_examples
 from lmleak.defenses import NoDefense, derived_seed, parse_defense
 from lmleak.errors import ConfigError, DataError
-from lmleak.evaluation.audit import class_numbers
-from lmleak.evaluation.example import MASK_STREAM
+from lmleak.evaluation.labels import batch_labels
 from lmleak.evaluation.model import ModelConfig, load_text_model
 from lmleak.evaluation.records import file_digest, json_lines, text_record
-from lmleak.files import refuse_unwritable, refused_writes, write_text_atomically
+from lmleak.evaluation.scored import DROPOUT_STREAM, MASK_STREAM
+from lmleak.files import refuse_unwritable, write_text_atomically
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.types import Aggregation, TextBatch
-
-DROPOUT_STREAM = 3  # beside the streams of evaluation.example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +129,10 @@ def run_capture(config: CaptureConfig) -> CaptureResult:
     if not isinstance(defense, NoDefense):
         shared = defense(shared)
     rows = [text_record(*pair, adapter) for pair in zip(batch.texts, batch.token_ids, strict=True)]
-    with refused_writes():
-        gradient = shared.save(config.output)
-        digest = {"gradient": file_digest(gradient)}
-        rows = [row | {"label": label} | digest for row, label in zip(rows, labels or [None] * len(rows), strict=True)]
-        reference = write_text_atomically(config.reference_path, json_lines(rows))
+    gradient = shared.save(config.output)
+    digest = {"gradient": file_digest(gradient)}
+    rows = [row | {"label": label} | digest for row, label in zip(rows, labels or [None] * len(rows), strict=True)]
+    reference = write_text_atomically(config.reference_path, json_lines(rows))
     return CaptureResult(shared, gradient, reference, seeded=defense.random or config.dropout)
 
 
@@ -166,9 +163,8 @@ def private_batch(config: CaptureConfig, adapter: TextAdapter) -> tuple[TextBatc
             f"batch {config.index} of size {size} needs {stop} examples, but {examples.origin} holds "
             f"{len(examples.texts)}; give a smaller index= or batch_size="
         )
-    labels = None
-    if adapter.task == "sequence-classification":
-        labels = class_numbers(examples.labels, adapter, examples.origin)[start:stop]
+    labels = batch_labels(examples, adapter, given=config.labels)
+    labels = None if labels is None else labels[start:stop]
     batch = adapter.batch(
         examples.texts[start:stop],
         labels,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from lmleak.adapters.text import TextAdapter
 from lmleak.attacks import Attack
 from lmleak.defenses import Defense, GaussianNoise, LaplaceNoise, derived_seed
-from lmleak.errors import UnsupportedCombinationError
 from lmleak.evaluation.features import feature_mse
+from lmleak.evaluation.scored import MASK_STREAM, scored_attack
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import (
     ExpectedInfluence,
@@ -24,10 +24,8 @@ from lmleak.influence import (
     information_by_layer,
     sample_spectrum,
 )
-from lmleak.metrics import score_text
-from lmleak.types import TextBatch
-
-ATTACK_STREAM, MASK_STREAM = 1, 2  # random streams of one example that must not be computable from one another
+from lmleak.metrics import TextScore
+from lmleak.types import Reconstruction, TextBatch
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,7 @@ class ExampleEvaluator:
         return [_average(next(averages) if r.sweep else None) for r in releases]
 
     def _row(self, batch: TextBatch, release: Release, seed: int) -> dict:
-        # Hashed: from its own seed no attack can compute the seed of the noise it is up against.
-        own = derived_seed(seed, ATTACK_STREAM)
-        attacks = {name: self._attack(attack, release.shared, batch, own) for name, attack in self.settings.attacks}
+        attacks = {name: self._attack(attack, release.shared, batch, seed) for name, attack in self.settings.attacks}
         return {
             "defense": release.name,
             "sweep": release.sweep,
@@ -192,27 +188,22 @@ class ExampleEvaluator:
         }
 
     def _attack(self, attack: Attack, shared: SharedGradient, batch: TextBatch, seed: int) -> dict:
-        try:
-            recovered = attack.run(self.adapter, shared, seed=seed)
-        except UnsupportedCombinationError as error:
-            return {"refused": str(error)}
         mask = batch.layout["attention_mask"].bool()
         true_inputs = [x[m] for x, m in zip(self.adapter.input(batch), mask, strict=True)]
-        score = score_text(recovered, batch, true_inputs)
-        features = feature_mse(self.adapter, batch, recovered, score)
-        scores = score.to_dict()
-        examples = scores.pop("per_example")
-        return scores | {
-            "feature_mse": None if None in features else fmean(features),
-            "texts": [e["text"] for e in examples],
-            "per_example": [
-                {"text": e["text"], "token_correct": e["correct"], "token_in_bag": e["in_bag"]} for e in examples
-            ],
-            **asdict(recovered.cost),
-            "stopped": recovered.stopped,
-            "objective": recovered.objective,
-            "notes": list(recovered.notes),
-        }
+
+        def more(recovered: Reconstruction, score: TextScore) -> dict:
+            features = feature_mse(self.adapter, batch, recovered, score)
+            examples = score.to_dict()["per_example"]
+            return {
+                "feature_mse": None if None in features else fmean(features),
+                "texts": [e["text"] for e in examples],
+                "per_example": [
+                    {"text": e["text"], "token_correct": e["correct"], "token_in_bag": e["in_bag"]} for e in examples
+                ],
+                "objective": recovered.objective,
+            }
+
+        return scored_attack(attack, self.adapter, shared, batch, seed=seed, more=more, true_inputs=true_inputs)
 
     def _display_tokens(self, batch: TextBatch) -> list[list[str]]:
         ids, mask = batch.inputs["input_ids"], batch.layout["attention_mask"].bool()

@@ -14,7 +14,7 @@ from lmleak.attacks import parse_attack
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation.model import ModelConfig, load_text_model
 from lmleak.evaluation.records import TextRecords, file_digest, json_lines, read_records, text_record
-from lmleak.files import refuse_unwritable, refused_writes, write_text_atomically
+from lmleak.files import refuse_unwritable, write_text_atomically
 from lmleak.gradients import SharedGradient
 from lmleak.metrics import LampScores, TextScore, lamp_score_strings, score_strings
 from lmleak.types import Reconstruction
@@ -109,9 +109,8 @@ def run_recovery(config: AttackConfig) -> AttackResult:
         "versions": {name: version(name) for name in ("lmleak", "torch", "transformers")},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    with refused_writes():
-        write_text_atomically(config.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        write_text_atomically(config.output, json_lines(rows))
+    write_text_atomically(config.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(config.output, json_lines(rows))
     return AttackResult(shared, recovered, Path(config.output), config.summary_path)
 
 

@@ -5,8 +5,10 @@ the configuration alone, so one process or many give the same rows.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import wraps
 from typing import TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from lmleak.errors import ConfigError, LmleakError
 from lmleak.evaluation.shards import ResultFolder
 
 T = TypeVar("T")
+REFUSED = 2  # exit status, as of the command line
 
 
 def process_state(expected: int | None = None) -> PartialState:
@@ -53,6 +56,28 @@ def finish(state: PartialState) -> None:
     """
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def exit_status(study: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
+    """Let the main function of a recipe say a refusal in one line and return an exit status.
+
+    Args:
+        study: Takes the command line's arguments.
+
+    Returns:
+        The function that returns 0, or ``REFUSED`` where ``study`` refuses its input.
+    """
+
+    @wraps(study)
+    def main(argv: list[str]) -> int:
+        try:
+            study(argv)
+        except LmleakError as error:
+            print(f"refused: {error}", file=sys.stderr)
+            return REFUSED
+        return 0
+
+    return main
 
 
 def run_items(

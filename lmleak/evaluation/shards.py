@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from lmleak.errors import ConfigError, DataError
-from lmleak.files import write_text_atomically
+from lmleak.files import refused_writes, write_text_atomically
 
 
 class ResultFolder:
@@ -81,7 +81,8 @@ class ResultFolder:
     def append(self, rank: int, item: int, rows: list[dict]) -> None:
         """Record a finished item: one line, flushed to the disk before this returns."""
         line = json.dumps({"item": item, "rows": rows}, allow_nan=False, ensure_ascii=False)
-        with open(self.shards / f"rank-{rank}.jsonl", "a", encoding="utf-8") as file:
+        shard = self.shards / f"rank-{rank}.jsonl"
+        with refused_writes(shard), open(shard, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -23,7 +23,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from lmleak.gradients.readout_rank import TINY, Released, equilibrated_spectrum, machine_epsilon, numerical_rank
+from lmleak.gradients.readout_rank import TINY, Released, machine_epsilon, row_spectrum
 
 SIGNIFICANCE = 0.01
 """Probability of one false row or more among all rows, under noise."""
@@ -165,22 +165,21 @@ def _tied_bag(gradient: Tensor, eps: float) -> TokenBag:
     if not norms.any():
         return TokenBag(None, None, False, "the gradient of the word-embedding table is zero")
     kept = _least_leverage(rows, norms, eps)
-    sigma, directions = equilibrated_spectrum(rows[kept])
-    rank, tail = numerical_rank(sigma, rows.shape[1], eps)
-    if rank >= rows.shape[1]:
+    spectrum = row_spectrum(rows[kept], eps)
+    if spectrum.rank >= rows.shape[1]:
         return _noisy_tied_bag(rows)
-    basis = directions[:rank].T
+    basis = spectrum.directions.T
     inside = rows @ basis
     residual = (rows - inside @ basis.T).norm(dim=1)
     # As an input of the head moves out of its span by rounding: sigma_{r+1} ||diag(1/sigma) V^T row||.
-    ratio = residual / (tail * (inside / sigma[:rank]).norm(dim=1) + FORWARD * eps * norms).clamp(min=TINY)
+    ratio = residual / (spectrum.tail * (inside / spectrum.sigma).norm(dim=1) + FORWARD * eps * norms).clamp(min=TINY)
     index = (ratio > 1).nonzero()[:, 0]
     index = index[ratio[index].argsort(descending=True, stable=True)]
     exact = not bool(((ratio > 1 / CLEAR) & (ratio < CLEAR)).any())
     return TokenBag(
         index, ratio[index], exact,
-        f"rows of the tied table outside the head's part, of rank {rank} < {rows.shape[1]}; scores are residuals in "
-        f"units of expected rounding{'' if exact else ', some of them unclear'}",
+        f"rows of the tied table outside the head's part, of rank {spectrum.rank} < {rows.shape[1]}; scores are "
+        f"residuals in units of expected rounding{'' if exact else ', some of them unclear'}",
     )  # fmt: skip
 
 
@@ -189,11 +188,10 @@ def _least_leverage(rows: Tensor, norms: Tensor, eps: float) -> Tensor:
 
     Those below 1/2 if the matrix is of deficient rank, because inputs have 1; the lower half of the rows otherwise.
     """
-    sigma, directions = equilibrated_spectrum(rows)
-    rank, _ = numerical_rank(sigma, rows.shape[1], eps)
-    leverage = ((rows / norms.clamp(min=TINY)[:, None]) @ directions[:rank].T / sigma[:rank]).square().sum(1)
-    leverage *= rank / leverage.sum()  # singular values came relative to the largest
-    if rank < rows.shape[1]:
+    spectrum = row_spectrum(rows, eps)
+    leverage = ((rows / norms.clamp(min=TINY)[:, None]) @ spectrum.directions.T / spectrum.sigma).square().sum(1)
+    leverage *= spectrum.rank / leverage.sum()  # singular values came relative to the largest
+    if spectrum.rank < rows.shape[1]:
         return (leverage < 0.5).nonzero()[:, 0]
     return leverage.argsort(stable=True)[: len(rows) // 2]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmleak.gradients.readout_rank import TINY, Released, equilibrated_spectrum, machine_epsilon, numerical_rank
+from lmleak.gradients.readout_rank import TINY, Released, machine_epsilon, row_spectrum
 
 ACCEPTED = 2.0
 """Multiple of the expected rounding up to which an input counts as one of the batch."""
@@ -128,8 +128,5 @@ def _space(gradient: Tensor, eps: float) -> ProjectedRowSpace | None:
     """Return the row space of a gradient matrix; None if it is zero."""
     if not gradient.any():
         return None
-    sigma, directions = equilibrated_spectrum(gradient)
-    # dL/dA has r rows in R^d: after the last singular value comes an exact zero.
-    rank, tail = numerical_rank(sigma, gradient.shape[1], eps)
-    rank = min(rank, len(sigma))
-    return ProjectedRowSpace(None, directions[:rank].T.contiguous(), sigma[:rank], tail, eps)
+    spectrum = row_spectrum(gradient, eps)
+    return ProjectedRowSpace(None, spectrum.directions.T.contiguous(), spectrum.sigma, spectrum.tail, eps)

@@ -118,7 +118,14 @@ class SharedGradient:
         )
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the gradient as a safetensors file (format in the module's docstring), atomically."""
+        """Write the gradient as a safetensors file (format in the module's docstring), atomically.
+
+        Args:
+            path: Where the file goes. A place that cannot be written is refused as ``ConfigError``.
+
+        Returns:
+            The path.
+        """
         tensors = {f"gradient/{name}": t.detach().cpu().contiguous() for name, t in self.gradient.items()}
         tensors |= {f"layout/{name}": t.cpu().contiguous() for name, t in self.layout.items()}
         if self.labels is not None:
@@ -131,7 +138,14 @@ class SharedGradient:
             metadata["aggregation"] = json.dumps(asdict(self.aggregation))
         if self.weights:
             metadata["weights"] = self.weights
-        return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+        def write(temporary: Path) -> None:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:  # a full disk, among others
+                raise OSError(str(error)) from error
+
+        return write_atomically(path, write)
 
     @classmethod
     def load(cls, path: str | os.PathLike, adapter=None) -> "SharedGradient":

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lmleak.adapters import TextAdapter, adapt, load_adapter
 from lmleak.errors import ConfigError, UnsupportedModelError
 from lmleak.gradients import capture_gradient
-from tests.families import FAMILIES, GPT2, LABELS, SEQUENCES, build
+from tests.families import BERT, FAMILIES, GPT2, LABELS, SEQUENCES, build
 
 SHAPE = {"model_type": "gpt2", "task": "causal-lm", "config": {k: GPT2[k] for k in ("n_embd", "n_layer", "n_head")}}
 
@@ -74,6 +74,18 @@ def test_the_task_can_be_chosen(saved):
     head = "score.weight"
     assert torch.equal(adapter.parameters()[head], again.parameters()[head])
     assert not torch.equal(adapter.parameters()[head], other.parameters()[head])
+
+
+def test_an_encoder_is_no_causal_language_model(saved, shape_file):
+    for name in (str(saved("bert")), str(saved("bert-mlm"))):
+        with pytest.raises(ConfigError, match=r"is an encoder.*BertLMHeadModel.*Write task='masked-lm'"):
+            load_adapter(name, task="causal-lm")
+    shape = {"model_type": "bert", "task": "causal-lm", "config": BERT}
+    with pytest.raises(ConfigError, match="is_decoder=False"):
+        load_adapter(shape_file(shape))
+    decoder = load_adapter(shape_file(shape | {"config": BERT | {"is_decoder": True}}))  # masks what comes after
+    assert decoder.task == "causal-lm"
+    assert decoder.is_causal
 
 
 def test_a_shape_file_gives_random_weights_by_seed(shape_file):

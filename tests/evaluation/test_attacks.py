@@ -1,12 +1,16 @@
 """One attack on one shared gradient: what is shared, which seeds are used, what is scored and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import lmleak
-from lmleak.attacks import ATTACKS, make_attack
+from lmleak.attacks import ATTACKS, make_attack, parse_attack
 from lmleak.defenses import GaussianNoise, derived_seed, parse_defense, unit_noise
+from lmleak.evaluation import AuditConfig, ExampleEvaluator
 from lmleak.evaluation.attacks import Sharing, attack_result, gradient_seconds, seeded_batch
+from lmleak.evaluation.audit import example_settings
 from lmleak.metrics import lamp_scores
 from lmleak.types import Aggregation
 
@@ -69,6 +73,21 @@ def test_scores_and_cost_of_an_exact_recovery(adapter, batch):
     assert result["lamp_rouge1"] == lamp_scores(recovered, batch, adapter).rouge1
     assert result["seconds"] > 0
     assert gradient_seconds(adapter, batch, "no-word-embeddings") > 0
+
+
+def test_an_audit_scores_an_attack_the_same_way(adapter):
+    config = AuditConfig(attacks=["subspace(iterations=20, restarts=2)", "bag"], noise_levels=[], probes=0)
+    settings = replace(example_settings(config), max_products=5)
+    (audited,) = ExampleEvaluator(adapter, settings).rows(3, [TEXT], None)
+    seed = derived_seed(config.seed, 3)
+    batch = seeded_batch(adapter, [TEXT], None, max_length=None, seed=seed)
+    shared = Sharing("plain").release(adapter, batch, seed=seed)
+    for spec, row in audited["attacks"].items():
+        result = attack_result(parse_attack(spec), adapter, shared, batch, seed=seed)
+        same = result.keys() & row.keys() - {"seconds", "peak_bytes", "mse"}
+        assert {k: row[k] for k in same} == {k: result[k] for k in same}
+        assert ("refused" in row) == ("refused" in result) == (spec == "bag")
+        assert spec == "bag" or {"token_recall", "rouge1", "iterations", "stopped", "notes"} <= same
 
 
 def test_an_impossible_combination_is_a_result_with_its_reason(adapter, batch):

@@ -1,6 +1,7 @@
 """The result folder: nothing finished is lost, nothing is counted twice, nothing of another run is mixed in."""
 
 import json
+import resource
 
 import pytest
 
@@ -25,6 +26,22 @@ def test_rows_come_back_in_item_order_whoever_wrote_them(tmp_path):
     run.append(1, 1, [row(1)])
     assert [r["v"] for r in run.merge(range(3))] == [0, 0.5, 1, 2]
     assert [json.loads(x)["v"] for x in (tmp_path / "out/results.jsonl").read_text().splitlines()] == [0, 0.5, 1, 2]
+
+
+def test_a_full_disk_is_a_refusal_and_what_is_finished_stays(tmp_path):
+    run = folder(tmp_path / "out")
+    run.append(0, 0, [row(0)])
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # stands in for the end of the disk
+    try:
+        with pytest.raises(ConfigError, match=r"cannot write .*rank-0\.jsonl: File too large; make room"):
+            run.append(0, 1, [row("x" * 500)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    again = folder(tmp_path / "out")
+    assert list(again.finished()) == [0]
+    again.append(0, 1, [row(1)])
+    assert [r["v"] for r in again.merge(range(2))] == [0, 1]
 
 
 def test_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):

@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmleak.adapters import adapt
 from lmleak.defenses import GaussianNoise
-from lmleak.errors import DataError, UnsupportedModelError
+from lmleak.errors import ConfigError, DataError, UnsupportedModelError
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.types import Observation
 from tests.families import LABELS, SEQUENCES, build, make
@@ -96,18 +96,19 @@ def test_saving_replaces_the_old_file_and_makes_folders(shared, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["g.safetensors"]
 
 
-def test_a_failed_save_leaves_no_file_and_keeps_the_old_one(shared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_failed_save_leaves_no_file_and_keeps_the_old_one(shared, tmp_path, monkeypatch, error):
     path = shared.save(tmp_path / "g.safetensors")
     content = path.read_bytes()
 
     def fail(tensors, name, metadata):
         with open(name, "wb") as file:
             file.write(b"half")
-        raise OSError("disk full")
+        raise error("disk full")
 
     monkeypatch.setattr("lmleak.gradients.shared.save_file", fail)
     for target in (path, tmp_path / "new.safetensors"):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(ConfigError, match=f"cannot write {target}: disk full"):
             shared.save(target)
     assert [p.name for p in tmp_path.iterdir()] == ["g.safetensors"]
     assert path.read_bytes() == content
@@ -115,7 +116,7 @@ def test_a_failed_save_leaves_no_file_and_keeps_the_old_one(shared, tmp_path, mo
 
 def test_saving_over_a_folder_fails_cleanly(shared, tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(ConfigError, match=r"cannot write .*folder: Is a directory"):
         shared.save(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 

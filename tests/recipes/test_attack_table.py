@@ -81,7 +81,7 @@ def test_measured_end_to_end_and_other_attacks_kept(recipe, tmp_path, monkeypatc
     assert "| `none` | works 1.00 |" in text
     assert re.search(r"\| `shared=head` \| impossible \[\d\] \|", text)
     assert re.search(r"\| `LoRA of rank 32 at the attention inputs, shared=lora` \| impossible \[\d\] \|", text)
-    assert "Not measured yet: `dlg`" in text
+    assert "Not measured yet: `bag`, `dlg`" in text
     assert run("--attacks", "dlg") == 0
     both = target.read_text()
     assert "| shared | `dlg` | `span` |" in both

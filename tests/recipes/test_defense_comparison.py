@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from lmleak.config import parse_config
-from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.errors import ConfigError
 from lmleak.gradients import capture_gradient
-from tests.families import make
 from tests.recipes.test_influence_vs_attack import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +25,7 @@ recipe, report, settings = map(
 )  # fmt: skip
 PRIVATE = "lora(rank=2)+dp(max_norm=1, noise_multiplier=0.5)"
 TINY = [
-    "--settings", "none", PRIVATE, "--attacks", "table-rows", "gs(iterations=2, candidates=2)",
+    "--settings", "none", PRIVATE, "--attacks", "bag(lengths=given)", "gs(iterations=2, candidates=2)",
     "--training-texts", "40", "--validation-texts", "8", "--test-texts", "16", "--clients", "2", "--steps", "3",
     "--samples", "1", "--learning-rates", "1e-3",
 ]  # fmt: skip
@@ -135,18 +134,6 @@ def test_splits_have_no_text_in_common():
     assert len(set.union(*parts)) == 106
 
 
-def test_table_rows_reads_the_bag():
-    adapter, batch = make("bert", size=1)
-    shared = capture_gradient(adapter, batch, shared="all")
-    recovered = settings.TableRows().run(adapter, shared)
-    assert set(recovered.token_ids[0]) == set(batch.token_ids[0])
-    with pytest.raises(UnsupportedCombinationError, match="table"):
-        settings.TableRows().run(adapter, capture_gradient(adapter, batch))
-    tied, batch = make("gpt2", size=1)
-    with pytest.raises(UnsupportedCombinationError, match="untied"):
-        settings.TableRows().run(tied, capture_gradient(tied, batch, shared="all"))
-
-
 # The report -------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +205,7 @@ def test_writes_rows_table_and_figure(one_process, capsys):
         "none|utility|0.001", "none|leakage|0", f"{PRIVATE}|utility|0.001", f"{PRIVATE}|leakage|0"
     ]  # fmt: skip
     assert rows[3]["defenses"] == ["clip-examples(max_norm=1.0)", "gaussian(std=0.5, unit=absolute)"]
-    assert "refused" in rows[3]["attacks"]["table-rows"]
+    assert "refused" in rows[3]["attacks"]["bag(lengths=given)"]
     table = list(csv.DictReader((one_process / "defense_comparison.csv").open()))
     assert [line["setting"] for line in table] == ["none", PRIVATE]
     assert table[0]["epsilon_run"] == ""
