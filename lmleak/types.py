@@ -160,6 +160,52 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class ImageReconstruction:
+    """What an attack recovered from the gradient of images, in no particular order."""
+
+    attack: str
+    images: Tensor
+    """(B, C, H, W) on the CPU, normalised as the model reads them; pixel values: ``Normalization.pixels``."""
+    labels: Tensor | None
+    """(B,) the class of each image, given or inferred; None if the attack needed none."""
+    cost: AttackCost
+    stopped: str
+    """Why the attack ended, in words."""
+    objective: float | None = None
+    """Final value of what the attack minimised, if it has one."""
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How pixel values in [0, 1] become what a model reads: (pixel - mean) / std, per channel."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    """One number per channel, or one for all."""
+
+    def __post_init__(self):
+        if len(self.mean) != len(self.std) or not self.mean or not all(0 < s < inf for s in self.std):
+            raise ConfigError(
+                f"normalization: mean and std need one finite number per channel, std positive; got mean={self.mean}, "
+                f"std={self.std}"
+            )
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return pixel values (..., C, H, W) in [0, 1] as the model reads them."""
+        return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Return pixel values of what the model reads, not clipped to [0, 1]."""
+        return x * self._per_channel(self.std, x) + self._per_channel(self.mean, x)
+
+    @staticmethod
+    def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return like.new_tensor(values)[:, None, None]
+
+
+@dataclass(frozen=True)
 class Magnitude:
     """A vector's size in the two units that are never mixed."""
 

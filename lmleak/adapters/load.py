@@ -24,6 +24,7 @@ from lmleak.adapters.vision import VisionAdapter
 from lmleak.data.embedded import REFERENCE_MODELS
 from lmleak.errors import ConfigError, UnsupportedModelError
 from lmleak.lookup import lookup, suggest
+from lmleak.types import Normalization
 
 MODEL_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -72,7 +73,15 @@ def load_adapter(
     return adapt(model, tokenizer=_load_tokenizer(tokenizer), task=task, name=name)
 
 
-def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: str = "") -> ModelAdapter:
+def adapt(
+    model: nn.Module,
+    *,
+    tokenizer=None,
+    task: str | None = None,
+    name: str = "",
+    image_shape: tuple[int, int, int] | None = None,
+    normalization: Normalization | None = None,
+) -> ModelAdapter:
     """Make an adapter for a model in memory. The model itself is left exactly as it is.
 
     Args:
@@ -80,6 +89,8 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
         tokenizer: The language model's tokenizer; None if batches will be token ids.
         task: One of ``TEXT_TASKS`` or "image-classification"; by default read from the class name.
         name: Name for reports.
+        image_shape: (C, H, W) of the images that a classifier reads, if it does not say so itself; attacks need it.
+        normalization: How pixel values in [0, 1] become what the classifier reads; None: as they are.
 
     Returns:
         The adapter.
@@ -112,7 +123,7 @@ def adapt(model: nn.Module, *, tokenizer=None, task: str | None = None, name: st
             )
         return adapter
     if task == "image-classification":
-        return VisionAdapter(model, task=task, name=name)
+        return VisionAdapter(model, task=task, name=name, image_shape=image_shape, normalization=normalization)
     raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, 'image-classification'])}")
 
 

@@ -1,8 +1,4 @@
-"""Image classifiers: x is the normalised pixel tensor (B, C, H, W).
-
-The proof that the layer is shared: the operator and the influence function see no difference. Transformers
-image classifiers, data sets and image attacks are a later capability.
-"""
+"""Image classifiers: x is the normalised pixel tensor (B, C, H, W)."""
 
 from collections.abc import Mapping
 
@@ -11,12 +7,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter, Prior
-from lmleak.errors import DataError
-from lmleak.types import Batch
+from lmleak.errors import DataError, UnsupportedModelError
+from lmleak.types import Batch, Normalization
 
 
 class VisionAdapter(ModelAdapter):
-    """An image classifier that maps (B, C, H, W) to logits (B, classes), or to an output with ``.logits``."""
+    """An image classifier that maps (B, C, H, W) to logits (B, classes), or to an output with ``.logits``.
+
+    Args:
+        model: The classifier.
+        task: "image-classification".
+        name: Name for people.
+        image_shape: (C, H, W) of what it reads; None takes the model's own ``image_shape``, or what the configuration
+            of a transformers model says. Everyone who knows the model knows it.
+        normalization: How pixel values become what it reads; None takes the model's own ``normalization``, else none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: str = "image-classification",
+        name: str = "",
+        image_shape: tuple[int, int, int] | None = None,
+        normalization: Normalization | None = None,
+    ):
+        super().__init__(model, task=task, name=name)
+        self._image_shape = image_shape or getattr(model, "image_shape", None) or _shape_of_config(model)
+        self.normalization = normalization or getattr(model, "normalization", None) or Normalization()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the model reads.
+
+        Raises:
+            UnsupportedModelError: If nobody said it and the model does not.
+        """
+        if self._image_shape is None:
+            raise UnsupportedModelError(
+                f"{self.name} does not say which images it reads; write adapt(model, image_shape=(C, H, W))"
+            )
+        return tuple(self._image_shape)
+
+    def valid_range(self) -> tuple[Tensor, Tensor]:
+        """Return what black and white pixels become, two tensors that broadcast to x: no image lies outside."""
+        zeros = torch.zeros(*self.image_shape, dtype=self.dtype, device=self.device)
+        return self.normalization.normalize(zeros), self.normalization.normalize(zeros + 1)
 
     def input(self, batch: Batch) -> Tensor:
         """Return the pixels."""
@@ -81,6 +117,15 @@ class VisionAdapter(ModelAdapter):
         return {module: tuple(names) for module, names in modules.items()}
 
 
+def _shape_of_config(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return (C, H, W) by the configuration of a transformers image classifier."""
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "num_channels", None), getattr(config, "image_size", None)
+    if channels is None or size is None:
+        return None
+    return (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
+
+
 class LeNet(nn.Module):
     """The sigmoid network of the gradient-inversion papers.
 
@@ -99,6 +144,7 @@ class LeNet(nn.Module):
         super().__init__()
         width, strides = 12, (2, 2, 1, 1)
         inputs = (channels, width, width, width)
+        self.image_shape = (channels, size, size)
         side = (size + 3) // 4  # two convolutions of stride 2, each rounding up
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
             self.body = nn.Sequential()

@@ -16,7 +16,7 @@ from lmleak.errors import ConfigError
 from lmleak.gradients.shared import SharedGradient
 from lmleak.lookup import lookup, suggest
 from lmleak.specification import build_parts, refuse_wrong_kinds
-from lmleak.types import Reconstruction
+from lmleak.types import ImageReconstruction, Reconstruction
 
 ATTACKS: dict[str, type[Attack]] = {
     "dlg": DLG,
@@ -32,11 +32,20 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
-def make_attack(name: str, **options) -> Attack:
+IMAGE_ATTACKS: dict[str, type[Attack]] = {}
+
+
+def registry(task: str) -> dict[str, type[Attack]]:
+    """Return the attacks on a task by name: ``IMAGE_ATTACKS`` for images, ``ATTACKS`` for text."""
+    return IMAGE_ATTACKS if task == "image-classification" else ATTACKS
+
+
+def make_attack(name: str, *, task: str = "causal-lm", **options) -> Attack:
     """Return an attack by name.
 
     Args:
-        name: One of ``ATTACKS``.
+        name: One of the task's :func:`registry`.
+        task: The model's task; several names stand for an attack on text and one on images.
         **options: Fields of its dataclass.
 
     Returns:
@@ -47,7 +56,7 @@ def make_attack(name: str, **options) -> Attack:
     """
     if "(" in name:
         raise ConfigError(f"options are keywords here: run_attack({name.partition('(')[0]!r}, ..., option=value)")
-    attack_class = lookup("attack", name, ATTACKS)
+    attack_class = lookup("attack", name, registry(task))
     valid = [f.name for f in fields(attack_class)]
     for option in options:
         if option not in valid:
@@ -56,11 +65,12 @@ def make_attack(name: str, **options) -> Attack:
     return attack_class(**options)
 
 
-def parse_attack(spec: str) -> Attack:
+def parse_attack(spec: str, *, task: str = "causal-lm") -> Attack:
     """Return the attack that a specification string describes.
 
     Args:
         spec: "span", "tag(iterations=500)", ...
+        task: The model's task, which decides the registry.
 
     Returns:
         The attack.
@@ -68,7 +78,7 @@ def parse_attack(spec: str) -> Attack:
     Raises:
         ConfigError: If it cannot be read, or names more than one attack.
     """
-    parts = build_parts(spec, "attack", ATTACKS, "tag(iterations=500)")
+    parts = build_parts(spec, "attack", registry(task), "tag(iterations=500)")
     if len(parts) != 1:
         raise ConfigError(f"{spec!r} names {len(parts)} attacks; list them one by one")
     return parts[0]
@@ -76,11 +86,11 @@ def parse_attack(spec: str) -> Attack:
 
 def run_attack(
     name: str, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0, **options
-) -> Reconstruction:
+) -> Reconstruction | ImageReconstruction:
     """Recover private input from a released gradient.
 
     Args:
-        name: One of ``ATTACKS``.
+        name: One of ``ATTACKS``, or of ``IMAGE_ATTACKS`` for an image classifier.
         adapter: The model, whose weights the server knows.
         shared: The released gradient.
         seed: Seed of everything random in the attack.
@@ -89,10 +99,25 @@ def run_attack(
     Returns:
         What was recovered, and at what cost.
     """
-    return make_attack(name, **options).run(adapter, shared, seed=seed)
+    return make_attack(name, task=adapter.task, **options).run(adapter, shared, seed=seed)
 
 
 __all__ = [
-    "ATTACKS", "DLG", "FILM", "GS", "LAMP", "TAG", "Attack", "Bag", "LoraSpan", "NoisySpan", "Span", "Subspace",
-    "make_attack", "parse_attack", "run_attack",
+    "ATTACKS",
+    "DLG",
+    "FILM",
+    "GS",
+    "IMAGE_ATTACKS",
+    "LAMP",
+    "TAG",
+    "Attack",
+    "Bag",
+    "LoraSpan",
+    "NoisySpan",
+    "Span",
+    "Subspace",
+    "make_attack",
+    "parse_attack",
+    "registry",
+    "run_attack",
 ]  # fmt: skip

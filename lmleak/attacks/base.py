@@ -11,7 +11,7 @@ from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.meter import Meter
 from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.gradients.shared import SharedGradient
-from lmleak.types import AttackCost, Observation, Reconstruction
+from lmleak.types import AttackCost, ImageReconstruction, Observation, Reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,9 @@ class Attack(ABC):
     assumes: ClassVar[Assumptions]
 
     @abstractmethod
-    def recover(self, adapter: ModelAdapter, observation: Observation, *, seed: int) -> Reconstruction:
+    def recover(
+        self, adapter: ModelAdapter, observation: Observation, *, seed: int
+    ) -> Reconstruction | ImageReconstruction:
         """Return what can be recovered from the observation. Deterministic given the seed."""
 
     def check(self, adapter: ModelAdapter, shared: SharedGradient) -> None:
@@ -99,7 +101,9 @@ class Attack(ABC):
         if not adapter.blocks:
             raise UnsupportedCombinationError(f"attack {self.name!r} found no transformer blocks in {adapter.name}")
 
-    def run(self, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0) -> Reconstruction:
+    def run(
+        self, adapter: ModelAdapter, shared: SharedGradient, *, seed: int = 0
+    ) -> Reconstruction | ImageReconstruction:
         """Check, strip the gradient to what the attack assumes known, and recover.
 
         Args:
