@@ -26,7 +26,7 @@ def inversion_influence(
     damping: float | None = None,
     shared: str = "no-word-embeddings",
     attacker: str = "l2",
-    implementation: str = "autodiff",
+    implementation: str = "factored",
     tol: float = SOLVER_TOLERANCE,
     max_products: int = MAX_PRODUCTS,
     seed: int = 0,
@@ -64,7 +64,7 @@ def inversion_influence(
 
 
 def attacker_jacobian(
-    adapter: ModelAdapter, batch: Batch, *, shared: str, attacker: str = "l2", implementation: str = "autodiff"
+    adapter: ModelAdapter, batch: Batch, *, shared: str, attacker: str = "l2", implementation: str = "factored"
 ) -> InputJacobian:
     """Return the operator whose inverse an attacker applies: J for "l2", J_c for "cosine"."""
     jacobian = GradientJacobian(adapter, batch, shared=shared, implementation=implementation)

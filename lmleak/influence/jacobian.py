@@ -6,16 +6,22 @@ With the loss L(x; theta), J[i, k] = d^2 L / dx_i dtheta_k and A = J J^T (dx x d
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.errors import ConfigError, DataError
-from lmleak.influence.products import IMPLEMENTATIONS, DenseProducts, Products
+from lmleak.influence.factored import FactoredProducts
+from lmleak.influence.products import AutodiffProducts, DenseProducts, Products
 from lmleak.linops import FunctionOperator
 from lmleak.lookup import lookup
 from lmleak.types import Batch
+
+IMPLEMENTATIONS: dict[str, type[Products]] = {
+    "factored": FactoredProducts, "autodiff": AutodiffProducts, "dense": DenseProducts,
+}  # fmt: skip
 
 
 class InputJacobian(ABC):
@@ -88,7 +94,10 @@ class InputJacobian(ABC):
     def gram(self, v: Tensor) -> Tensor:
         """Return A v = J J^T v, shaped like x."""
         self._check_vector(v)
-        return self._matvec(self._rmatvec(v * self.free)) * self.free
+        return self._gram(v * self.free) * self.free
+
+    def _gram(self, v: Tensor) -> Tensor:
+        return self._matvec(self._rmatvec(v))
 
     def _check_vector(self, v: Tensor) -> None:
         if v.shape != self.x.shape:
@@ -117,7 +126,8 @@ class GradientJacobian(InputJacobian):
         adapter: The model.
         batch: The private batch, at which J is taken.
         shared: Which parameters are theta (``ModelAdapter.select``).
-        implementation: "autodiff" (any module) or "dense" (small problems, the oracle).
+        implementation: "factored" (token-sized factors, double backward where a layer's kind is unknown), "autodiff"
+            (double backward for all) or "dense" (small problems, the oracle).
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class GradientJacobian(InputJacobian):
         batch: Batch,
         *,
         shared: str = "no-word-embeddings",
-        implementation: str = "autodiff",
+        implementation: str = "factored",
     ):
         selection = adapter.select(shared)
         parameters = adapter.parameters()
@@ -135,13 +145,17 @@ class GradientJacobian(InputJacobian):
         products_class = lookup("implementation", implementation, IMPLEMENTATIONS)
         self.implementation = implementation
         self._loss = lambda theta, x: adapter.shared_loss(batch, x, theta, selection)
-        self._products: Products = products_class(self._loss, self.theta, self.x)
+        self._model = adapter.model
+        self._products: Products = products_class(self._loss, self.theta, self.x, adapter.model)
 
     def _matvec(self, delta):
         return self._products.matvec(delta)
 
     def _rmatvec(self, v):
         return self._products.rmatvec(v, self.parameter_names)
+
+    def _gram(self, v):
+        return self._products.gram(v, self.parameter_names)
 
     def restrict(self, names: Iterable[str]) -> "GradientJacobian":
         """Return J on some of its parameters, sharing the graphs: what a partial release leaves.
@@ -166,7 +180,7 @@ class GradientJacobian(InputJacobian):
 
     def to_dense(self) -> Tensor:
         """Return J on the free coordinates as a matrix (dx, P); small problems only."""
-        return DenseProducts(self._loss, self.theta, self.x).matrix[self.free.reshape(-1)]
+        return DenseProducts(self._loss, self.theta, self.x, self._model).matrix[self.free.reshape(-1)]
 
 
 class CosineJacobian(InputJacobian):
@@ -202,3 +216,13 @@ class CosineJacobian(InputJacobian):
 
     def _rmatvec(self, v):
         return self._tangent(self.jacobian.rmatvec(v))
+
+    def _gram(self, v):
+        """Return (A v - (J u) <J u, v>) / ||g||^2."""
+        along = self._along
+        return (self.jacobian.gram(v) - along * (along * v).sum()) / self.norm**2
+
+    @cached_property
+    def _along(self) -> Tensor:
+        """J u."""
+        return self.jacobian.matvec(self.direction)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmleak.errors import ConfigError, DataError
 
@@ -20,10 +20,11 @@ class Products(ABC):
         loss: The scalar loss as a function of (theta, x).
         theta: Shared parameters by name.
         x: The input.
+        model: The module that the loss runs.
     """
 
     @abstractmethod
-    def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor): ...
+    def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module): ...
 
     @abstractmethod
     def matvec(self, delta: Mapping[str, Tensor]) -> Tensor:
@@ -33,6 +34,10 @@ class Products(ABC):
     def rmatvec(self, v: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return J^T v for the named parameters."""
 
+    def gram(self, v: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Return J J^T v over the named parameters."""
+        return self.matvec(self.rmatvec(v, names))
+
 
 class AutodiffProducts(Products):
     """Products by double backward on graphs that are built once. Works for any module; the reference.
@@ -41,7 +46,7 @@ class AutodiffProducts(Products):
     g and dL/dx. The graphs stay in memory as long as this object: a few times one gradient's activations.
     """
 
-    def __init__(self, loss, theta, x):
+    def __init__(self, loss, theta, x, model):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
         leaves = [*self.theta.values(), self.x]
@@ -73,7 +78,7 @@ class DenseProducts(Products):
 
     CHUNK = 64  # rows differentiated at once
 
-    def __init__(self, loss, theta, x):
+    def __init__(self, loss, theta, x, model):
         theta = {n: p.detach() for n, p in theta.items()}
         columns = sum(p.numel() for p in theta.values())
         if x.numel() * columns > DENSE_LIMIT:
@@ -105,7 +110,3 @@ class DenseProducts(Products):
         """Return J^T v."""
         flat = v.reshape(-1)
         return {n: (flat @ self.matrix[:, self.columns[n][0]]).reshape(self.columns[n][1]) for n in names}
-
-
-# The factored product (token-sized factors, no parameter-sized tensor) takes its place here.
-IMPLEMENTATIONS: dict[str, type[Products]] = {"autodiff": AutodiffProducts, "dense": DenseProducts}

@@ -1,0 +1,227 @@
+"""A gradient as token-sized factors: what a layer's weight gradient is made of, and products with them.
+
+A linear map Y = X W^T over n tokens has dL/dW = G^T X with G = dL/dY: X is (n, d_in), G is (n, d_out), and neither has
+the size of W. So for a tangent (X', G') of the factors
+
+    (dL/dW)' = G'^T X + G^T X'                                          (tangent)
+
+and for a theta-shaped W' the pullback onto the factors is
+
+    on X: G W'            on G: X W'^T                                  (cotangent)
+
+The second after the first, with the products of tokens formed first, never holds anything of the size of W:
+
+    on X: (G G'^T) X + (G G^T) X'        on G: (X X^T) G' + (X X'^T) G  (gram)
+
+Biases, norms' weights and embeddings have factors of the same kind. A parameter that is used more than once
+(tied weights) has the sum of its uses as its gradient.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+class Factor(ABC):
+    """The gradient of one parameter as a function of some tensors of the graph, its factors.
+
+    Args:
+        tensors: The factors, at the point where the gradient is taken.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self.tensors = tensors
+        self.values = tuple(t.detach() for t in tensors)
+
+    @abstractmethod
+    def tangent(self, primes: Tensors) -> Tensor:
+        """Return the derivative of the gradient, theta-shaped, along derivatives of the factors."""
+
+    @abstractmethod
+    def cotangent(self, theta: Tensor) -> Tensors:
+        """Return the pullback of a theta-shaped tensor onto the factors."""
+
+    def gram(self, primes: Tensors) -> Tensors:
+        """Return the cotangent of the tangent."""
+        return self.cotangent(self.tangent(primes))
+
+
+class LinearFactor(Factor):
+    """dL/dW = G^T X of a linear map, (d_out, d_in), or its transpose for maps that store theirs so.
+
+    Args:
+        x: (..., d_in) inputs.
+        g: (..., d_out) gradients by the outputs.
+        transposed: Whether the parameter is stored as (d_in, d_out), as in GPT-2.
+        shape: Shape of the parameter, if it is not a matrix (convolutions).
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, *, transposed: bool = False, shape: torch.Size | None = None):
+        super().__init__(x, g)
+        self.transposed, self.shape = transposed, shape
+        self.x, self.g = (rows(t) for t in self.values)
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether products of tokens are cheaper than products of the weight's size."""
+        n, d_in, d_out = len(self.x), self.x.shape[1], self.g.shape[1]
+        return 3 * n * (d_in + d_out) < 4 * d_in * d_out
+
+    @cached_property
+    def xx(self) -> Tensor:
+        """X X^T."""
+        return self.x @ self.x.T
+
+    @cached_property
+    def gg(self) -> Tensor:
+        """G G^T."""
+        return self.g @ self.g.T
+
+    def tangent(self, primes):
+        """Return G'^T X + G^T X'."""
+        x_prime, g_prime = (rows(t) for t in primes)
+        theta = torch.addmm(g_prime.T @ self.x, self.g.T, x_prime)
+        theta = theta.T if self.transposed else theta
+        return theta if self.shape is None else theta.reshape(self.shape)
+
+    def cotangent(self, theta):
+        """Return G W' and X W'^T."""
+        theta = theta if self.shape is None else theta.reshape(self.g.shape[1], self.x.shape[1])
+        theta = theta.T if self.transposed else theta
+        return self._shaped(self.g @ theta, self.x @ theta.T)
+
+    def gram(self, primes):
+        """Return (G G'^T) X + (G G^T) X' and (X X^T) G' + (X X'^T) G."""
+        if not self.by_tokens:
+            return super().gram(primes)
+        x_prime, g_prime = (rows(t) for t in primes)
+        on_x = torch.addmm((self.g @ g_prime.T) @ self.x, self.gg, x_prime)
+        on_g = torch.addmm((self.x @ x_prime.T) @ self.g, self.xx, g_prime)
+        return self._shaped(on_x, on_g)
+
+    def _shaped(self, on_x: Tensor, on_g: Tensor) -> Tensors:
+        return on_x.reshape(self.tensors[0].shape), on_g.reshape(self.tensors[1].shape)
+
+
+class ConvolutionFactor(LinearFactor):
+    """dL/dW of a convolution: a linear map of unfolded patches.
+
+    Args:
+        patches: (N, C_in k k, L) as ``torch.nn.functional.unfold`` returns them.
+        g: (N, C_out, H, W) gradients by the output, L = H W.
+        shape: Shape of the kernel, (C_out, C_in, k, k).
+    """
+
+    def __init__(self, patches: Tensor, g: Tensor, *, shape: torch.Size):
+        super().__init__(patches.transpose(1, 2), g.flatten(2).transpose(1, 2), shape=shape)
+
+
+class ScaleFactor(Factor):
+    """dL/dw = sum G * U of an elementwise scale w: norms. U is what the scale multiplies.
+
+    Args:
+        u: Like g.
+        g: Gradients by the output.
+        axis: The axis that w runs along; the sum is over all others.
+    """
+
+    def __init__(self, u: Tensor, g: Tensor, *, axis: int):
+        super().__init__(u, g)
+        self.others = tuple(i for i in range(g.dim()) if i != axis % g.dim())
+        self.along = [-1 if i == axis % g.dim() else 1 for i in range(g.dim())]
+
+    def tangent(self, primes):
+        """Return sum (G' U + G U')."""
+        u, g = self.values
+        return (primes[1] * u + g * primes[0]).sum(self.others)
+
+    def cotangent(self, theta):
+        """Return G w' and U w'."""
+        u, g = self.values
+        theta = theta.view(self.along)
+        return g * theta, u * theta
+
+
+class SumFactor(Factor):
+    """dL/db = sum G of a bias b along one axis of the output.
+
+    Args:
+        g: Gradients by the output.
+        axis: The axis that b runs along.
+    """
+
+    def __init__(self, g: Tensor, *, axis: int):
+        super().__init__(g)
+        self.others = tuple(i for i in range(g.dim()) if i != axis % g.dim())
+        self.along = [-1 if i == axis % g.dim() else 1 for i in range(g.dim())]
+
+    def tangent(self, primes):
+        """Return sum G'."""
+        return primes[0].sum(self.others)
+
+    def cotangent(self, theta):
+        """Return b' at every token."""
+        return (theta.view(self.along).expand(self.values[0].shape),)
+
+
+class RowFactor(Factor):
+    """dL/dE of a table E whose rows are looked up by public indices: positions, token types.
+
+    Args:
+        index: (...) rows that were looked up; broadcasts over the leading axes of g.
+        g: (..., D) gradients by the output.
+        padding: A row that gets no gradient, or None.
+        count: Rows of E.
+    """
+
+    def __init__(self, index: Tensor, g: Tensor, *, padding: int | None, count: int):
+        super().__init__(g)
+        self.index, self.count = index.expand(g.shape[:-1]).reshape(-1), count
+        self.kept = torch.ones_like(self.index, dtype=g.dtype) if padding is None else (self.index != padding).to(g)
+
+    def tangent(self, primes):
+        """Return the rows of G' added up by index."""
+        g = rows(primes[0]) * self.kept[:, None]
+        return g.new_zeros(self.count, g.shape[1]).index_add_(0, self.index, g)
+
+    def cotangent(self, theta):
+        """Return the rows of E' that were looked up."""
+        return ((theta[self.index] * self.kept[:, None]).reshape(self.values[0].shape),)
+
+    def gram(self, primes):
+        """Return the sums over equal indices, without the table."""
+        used, place = self.index.unique(return_inverse=True)
+        g = rows(primes[0]) * self.kept[:, None]
+        sums = g.new_zeros(len(used), g.shape[1]).index_add_(0, place, g)
+        return ((sums[place] * self.kept[:, None]).reshape(self.values[0].shape),)
+
+
+class TotalFactor(Factor):
+    """The sum of several factors of one parameter that is used more than once."""
+
+    def __init__(self, parts: Sequence[Factor]):
+        super().__init__(*(t for part in parts for t in part.tensors))
+        self.parts = parts
+
+    def _split(self, primes: Tensors) -> list[Tensors]:
+        sizes = [len(part.tensors) for part in self.parts]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [primes[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def tangent(self, primes):
+        """Return the sum of the tangents."""
+        return sum(part.tangent(p) for part, p in zip(self.parts, self._split(primes), strict=True))
+
+    def cotangent(self, theta):
+        """Return all cotangents."""
+        return tuple(c for part in self.parts for c in part.cotangent(theta))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """Return (..., d) as (n, d)."""
+    return tensor.reshape(-1, tensor.shape[-1])
