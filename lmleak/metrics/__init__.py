@@ -16,6 +16,8 @@ from lmleak.metrics.agreement import (
 from lmleak.metrics.calibration import calibration_error
 from lmleak.metrics.entities import entities, entity_recall
 from lmleak.metrics.evaluate_modules import METRICS, load
+from lmleak.metrics.image import mse, psnr, ssim
+from lmleak.metrics.image_score import ImageExampleScore, ImageScore, match_images, score_images
 from lmleak.metrics.lamp import LampScores, lamp_score_strings, lamp_scores, with_special_tokens
 from lmleak.metrics.matching import match
 from lmleak.metrics.score import (
@@ -46,6 +48,8 @@ __all__ = [
     "WORDS",
     "Correlation",
     "ExampleScore",
+    "ImageExampleScore",
+    "ImageScore",
     "Interval",
     "LampScores",
     "PairedDifference",
@@ -64,12 +68,17 @@ __all__ = [
     "lamp_scores",
     "load",
     "match",
+    "match_images",
+    "mse",
     "paired_bootstrap",
     "position_accuracy",
+    "psnr",
     "rank_correlation",
     "rouge",
+    "score_images",
     "score_strings",
     "score_text",
+    "ssim",
     "strongest_correlation",
     "token_correctness",
     "token_f1",
