@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,6 +19,14 @@ from transformers import (
 )
 
 from lmleak.adapters.base import ModelAdapter, refuse_unfit
+from lmleak.adapters.image_load import (
+    checkpoint_images,
+    from_image_shape,
+    image_shape_of,
+    is_image_source,
+    load_image_model,
+    normalization_of,
+)
 from lmleak.adapters.targets import TEXT_TASKS
 from lmleak.adapters.text import TextAdapter
 from lmleak.adapters.vision import VisionAdapter
@@ -30,35 +39,43 @@ MODEL_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
+    "image-classification": AutoModelForImageClassification,
 }
 CLASS_SUFFIXES = {
     "ForSequenceClassification": "sequence-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
+    "ForImageClassification": "image-classification",
 }
 PEFT_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
 TOKENIZER_DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
 BARE_VOCABULARIES = {"merges.txt": GPT2TokenizerFast, "vocab.txt": BertTokenizerFast}  # as GPT-2 and BERT ship them
-SHAPE_KEYS = {"model_type", "task", "tokenizer", "config", "seed"}
+SHAPE_KEYS = {"model_type", "task", "config", "seed"}
+IMAGE_KEYS, TEXT_KEYS = {"image_shape", "normalization"}, {"tokenizer"}
 
 
 def load_adapter(
     name: str, *, task: str | None = None, tokenizer: str | None = None, device: str = "cpu", seed: int = 0
 ) -> ModelAdapter:
-    """Load a language model in float32 with eager attention, ready for derivatives.
+    """Load a model in float32 with eager attention, ready for derivatives.
 
     Args:
-        name: An embedded name ("reference-bert", "reference-gpt2"), a local directory, a shape file (YAML with
-            model_type, config and task; random weights), or a hub id.
-        task: One of ``TEXT_TASKS``; by default what the model's architecture says.
+        name: An embedded name ("reference-bert", "reference-gpt2"), an image classifier of ours ("lenet", "resnet18",
+            ``lmleak.adapters.ARCHITECTURES``; random weights) or a file of its trained weights, a local directory, a
+            shape file (YAML with model_type, config and task, or with architecture; random weights unless it names
+            weights), or a hub id.
+        task: One of ``TEXT_TASKS`` or "image-classification"; by default what the model's architecture says.
         tokenizer: Name or directory of the tokenizer, if it is not beside the model.
         device: Where to put the model.
         seed: Seed of random weights (shape files, and heads that the checkpoint lacks).
 
     Returns:
-        The adapter. A name that leads nowhere or a wrong shape file is refused as ``ConfigError``, a model that
-        cannot be audited as ``UnsupportedModelError``.
+        The adapter.
+
+    Raises:
+        ConfigError: If the name leads nowhere, or a shape file, a task or a tokenizer is wrong. A model that cannot be
+            audited is refused as ``UnsupportedModelError``.
     """
     if task is not None:
         lookup("task", task, MODEL_CLASSES)
@@ -66,9 +83,14 @@ def load_adapter(
     is_shape = Path(source).suffix in (".yaml", ".yml")
     with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator by transformers
         _seed_weights(seed)
-        model, task, tokenizer = _from_shape(source, task, tokenizer) if is_shape else _from_weights(
-            source, name, task, tokenizer
-        )  # fmt: skip
+        if is_image_source(source):
+            model, task = load_image_model(source, seed), _image_task(name, task)
+        elif is_shape:
+            model, task, tokenizer = _from_shape(source, task, tokenizer, seed)
+        else:
+            model, task, tokenizer = _from_weights(source, name, task, tokenizer)
+    if task == "image-classification" and tokenizer is not None:
+        raise ConfigError(f"{name!r} classifies images and reads no text; drop tokenizer={tokenizer!r}")
     model = model.eval().to(device)
     return adapt(model, tokenizer=_load_tokenizer(tokenizer), task=task, name=name)
 
@@ -154,9 +176,11 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
         if task is None:
             raise UnsupportedModelError(
                 f"{name!r} does not say what it is for (architectures: {config.architectures}); "
-                f"pass task=, one of {', '.join(TEXT_TASKS)}"
+                f"pass task=, one of {', '.join(MODEL_CLASSES)}"
             )
         model = MODEL_CLASSES[task].from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+        if task == "image-classification":
+            model.image_shape, model.normalization = checkpoint_images(source, config)
     except (UnsupportedModelError, ConfigError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, damaged, or not of its config
@@ -166,7 +190,7 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
             f"cannot load model {name!r} as a {kind}: {first_line}. {suggest(name, REFERENCE_MODELS)}, "
             "a local directory, a shape file (.yaml) or a hub id"
         ) from error
-    return model, task, tokenizer or source
+    return model, task, tokenizer or (source if task in TEXT_TASKS else None)
 
 
 def _from_peft(folder: str, task: str | None, tokenizer: str | None):
@@ -189,18 +213,30 @@ def _from_peft(folder: str, task: str | None, tokenizer: str | None):
         raise ConfigError(f"cannot put the weights of {folder} on {base}: {str(error).splitlines()[0]}") from error
 
 
-def _from_shape(path: str, task: str | None, tokenizer: str | None):
+def _image_task(origin: str, task: str | None) -> str:
+    if task not in (None, "image-classification"):
+        raise ConfigError(f"{origin!r} classifies images and has no task {task!r}; drop task=")
+    return "image-classification"
+
+
+def _from_shape(path: str, task: str | None, tokenizer: str | None, seed: int):
     try:
         shape = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the shape file {path}: {error}") from error
+    if isinstance(shape, dict) and "architecture" in shape:
+        return from_image_shape(path, shape, seed), _image_task(path, task), tokenizer
     if not isinstance(shape, dict) or "model_type" not in shape:
-        raise ConfigError(f"{path} is no shape file: expected a mapping with model_type and config")
-    if unknown := set(shape) - SHAPE_KEYS:
-        raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(SHAPE_KEYS))}")
+        raise ConfigError(
+            f"{path} is no shape file: expected a mapping with model_type and config, or with architecture (of images)"
+        )
+    of_images = (task or shape.get("task")) == "image-classification"
+    keys = SHAPE_KEYS | (IMAGE_KEYS if of_images else TEXT_KEYS)
+    if unknown := set(shape) - keys:
+        raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(keys))}")
     task, settings = task or shape.get("task"), shape.get("config") or {}
     if task is None:
-        raise ConfigError(f"{path} does not say its task; add task: (one of {', '.join(TEXT_TASKS)})")
+        raise ConfigError(f"{path} does not say its task; add task: (one of {', '.join(MODEL_CLASSES)})")
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: config must be a mapping, got a {type(settings).__name__}")
     model_class = lookup("task", str(task), MODEL_CLASSES)
@@ -214,6 +250,8 @@ def _from_shape(path: str, task: str | None, tokenizer: str | None):
             raise ConfigError(f"{path}: unknown key {absent[0]!r} in config. {suggest(absent[0], known.to_dict())}")
         config = AutoConfig.for_model(shape["model_type"], **settings)
         model = model_class.from_config(config, attn_implementation="eager")
+        if of_images:
+            model.image_shape, model.normalization = image_shape_of(path, shape), normalization_of(path, shape)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:

@@ -1,18 +1,33 @@
 """Image classifiers: x is the normalised pixel tensor (B, C, H, W)."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.adapters.base import ModelAdapter, Prior
+from lmleak.adapters.checks import refuse_other_losses
+from lmleak.adapters.precision import KeepDouble
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch, Normalization
 
 
 class VisionAdapter(ModelAdapter):
     """An image classifier that maps (B, C, H, W) to logits (B, classes), or to an output with ``.logits``.
+
+    BatchNorm runs in evaluation mode, by its running mean m and variance v: y = scale (x - m) / sqrt(v + eps) + shift,
+    the same for every batch, so examples do not mix and a gradient is the mean of those of its examples. This is what
+    the published attacks assume. A client in training mode normalises by the statistics of its own batch instead: the
+    output for an example then depends on all others, and so does J. What is computed here is neither the gradient
+    that such a client shares nor its risk. Such clients often send their running averages too, which tell the means
+    and variances of every layer's activations: a leak of its own that nothing here counts. A network that has
+    never been trained (m = 0, v = 1) normalises nothing in evaluation mode.
+
+    Pooling by the mean is linear and loses no second derivative. Pooling by the maximum, like ReLU, passes derivatives
+    through the winner alone: J is exact inside the region where the winners (and the signs) stay, and a
+    perturbation that crosses its boundary sees another J, so the first-order error holds for small perturbations only.
 
     Args:
         model: The classifier.
@@ -32,7 +47,12 @@ class VisionAdapter(ModelAdapter):
         image_shape: tuple[int, int, int] | None = None,
         normalization: Normalization | None = None,
     ):
-        super().__init__(model, task=task, name=name)
+        super().__init__(model, task=task, name=name or getattr(model, "name_or_path", ""))
+        if hasattr(getattr(model, "config", None), "num_labels"):
+            refuse_other_losses(self.model)
+        if hasattr(self.model, "set_attn_implementation"):
+            # Fused attention kernels have neither a double backward nor forward derivatives.
+            self.model.set_attn_implementation("eager")
         self._image_shape = image_shape or getattr(model, "image_shape", None) or _shape_of_config(model)
         self.normalization = normalization or getattr(model, "normalization", None) or Normalization()
 
@@ -68,7 +88,9 @@ class VisionAdapter(ModelAdapter):
 
     def logits(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits (B, classes)."""
-        output = torch.func.functional_call(self.model, dict(parameters or {}), (x,))
+        keep_precision = KeepDouble() if self.dtype == torch.float64 else nullcontext()
+        with keep_precision:
+            output = torch.func.functional_call(self.model, dict(parameters or {}), (x,))
         return getattr(output, "logits", output)
 
     def loss(
@@ -107,6 +129,11 @@ class VisionAdapter(ModelAdapter):
                 num_classes = self.logits(pixels[:1]).shape[-1]
         except RuntimeError as error:
             raise DataError(f"{self.name} cannot read pixels of shape {tuple(examples.shape)}: {error}") from error
+        if self._image_shape is not None and pixels.shape[1:] != self.image_shape:
+            raise DataError(
+                f"{self.name} is known to read images of shape {self.image_shape}, so an attacker would seek those; "
+                f"got {tuple(pixels.shape[1:])}; resize them, or write adapt(model, image_shape=...)"
+            )
         return Batch({"pixel_values": pixels}, self.check_labels(labels, len(examples), num_classes))
 
     def roles(self) -> dict[str, tuple[str, ...]]:
@@ -124,38 +151,3 @@ def _shape_of_config(model: nn.Module) -> tuple[int, int, int] | None:
     if channels is None or size is None:
         return None
     return (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
-
-
-class LeNet(nn.Module):
-    """The sigmoid network of the gradient-inversion papers.
-
-    Four 5x5 convolutions of 12 channels (strides 2, 2, 1, 1, padding 2) and one linear layer: 17,038 parameters
-    for 1x28x28. Source: Zhu et al. 2019, arXiv:1906.08935; used by Zhang et al. 2023, arXiv:2309.13016.
-
-    Args:
-        channels: Channels of the image.
-        size: Height and width.
-        num_classes: Classes.
-        init_range: Weights and biases are drawn from U(-init_range, init_range), as in those papers.
-        seed: Seed of that draw.
-    """
-
-    def __init__(self, channels: int = 1, size: int = 28, num_classes: int = 10, *, init_range=0.5, seed: int = 0):
-        super().__init__()
-        width, strides = 12, (2, 2, 1, 1)
-        inputs = (channels, width, width, width)
-        self.image_shape = (channels, size, size)
-        side = (size + 3) // 4  # two convolutions of stride 2, each rounding up
-        with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
-            self.body = nn.Sequential()
-            for i, stride in zip(inputs, strides, strict=True):
-                self.body.extend([nn.Conv2d(i, width, 5, stride=stride, padding=2), nn.Sigmoid()])
-            self.fc = nn.Linear(width * side * side, num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.uniform_(-init_range, init_range, generator=generator)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (B, num_classes)."""
-        return self.fc(self.body(pixels).flatten(1))

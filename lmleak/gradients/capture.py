@@ -190,10 +190,22 @@ def trainable(adapter: ModelAdapter, names: tuple[str, ...]) -> dict[str, Tensor
 def gradient_in(loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
     """Return d loss / d parameter by name; a parameter the loss does not use shares zeros, as clients do."""
     values = torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph, allow_unused=True)
-    return {
+    found = {
         name: torch.zeros_like(parameter) if value is None else value
         for (name, parameter), value in zip(parameters.items(), values, strict=True)
     }
+    return found if create_graph else _with_memory_of_their_own(found)
+
+
+def _with_memory_of_their_own(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same tensors, those copied that share memory with an earlier one, as a class token's may do."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in gradient.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def gradient_of(

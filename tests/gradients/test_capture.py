@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from lmleak.adapters import LeNet, adapt
 from lmleak.errors import ConfigError, DataError
@@ -27,6 +28,20 @@ def test_the_gradient_is_detached_and_owned():
     for name, tensor in shared.gradient.items():
         assert torch.equal(tensor, again.gradient[name])
         assert tensor.data_ptr() != adapter.parameters()[name].data_ptr()
+
+
+def test_gradients_do_not_share_memory(tmp_path):
+    """For one image, a ViT's class token has the first row of the positions' gradient, and torch returns a view."""
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    adapter = adapt(ViTForImageClassification(config), task="image-classification")
+    shared = capture_gradient(adapter, adapter.batch(torch.ones(1, 3, 8, 8), [0]))
+    memory = [t.untyped_storage().data_ptr() for t in shared.gradient.values()]
+    assert len(set(memory)) == len(memory)
+    loaded = type(shared).load(shared.save(tmp_path / "gradient.safetensors"))
+    assert all(torch.equal(loaded.gradient[n], t) for n, t in shared.gradient.items())
 
 
 def test_a_parameter_that_the_loss_does_not_use_shares_zeros():
