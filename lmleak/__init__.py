@@ -12,7 +12,7 @@ from lmleak.attacks import ATTACKS, run_attack
 from lmleak.defenses import DEFENSES, parse_defense
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import GradientJacobian, InfluenceResult, inversion_influence, predict_recovery
-from lmleak.metrics import score_text
+from lmleak.metrics import score_images, score_text
 
 __version__ = "0.1.0"
 
@@ -31,5 +31,6 @@ __all__ = [
     "parse_defense",
     "predict_recovery",
     "run_attack",
+    "score_images",
     "score_text",
 ]

@@ -6,6 +6,9 @@ from lmleak.adapters.base import ModelAdapter
 from lmleak.attacks.bag import Bag
 from lmleak.attacks.base import Attack
 from lmleak.attacks.film import FILM
+from lmleak.attacks.image_matching import ImageDLG, ImageGS
+from lmleak.attacks.image_newton import LBFGS, GaussNewton
+from lmleak.attacks.image_prior import GIAS
 from lmleak.attacks.lamp import LAMP
 from lmleak.attacks.lora_span import LoraSpan
 from lmleak.attacks.matching import DLG, GS, TAG
@@ -32,7 +35,13 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
-IMAGE_ATTACKS: dict[str, type[Attack]] = {}
+IMAGE_ATTACKS: dict[str, type[Attack]] = {
+    "dlg": ImageDLG,
+    "gs": ImageGS,
+    "gias": GIAS,
+    "gauss-newton": GaussNewton,
+    "lbfgs": LBFGS,
+}
 
 
 def registry(task: str) -> dict[str, type[Attack]]:

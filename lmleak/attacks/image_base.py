@@ -1,0 +1,265 @@
+"""What attacks on image classifiers share: options, labels, and the gradient that a guess would have produced.
+
+The unknown x, (B, C, H, W), is the batch as the model reads it (normalised), all images jointly; its gradient is a
+mean over the batch, so the order of the recovered images is arbitrary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lmleak.adapters.vision import VisionAdapter
+from lmleak.attacks.base import Assumptions, Attack
+from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, SPARSIFIERS
+from lmleak.attacks.image_labels import class_labels
+from lmleak.errors import ConfigError, UnsupportedCombinationError
+from lmleak.gradients.aggregate import update_of
+from lmleak.gradients.shared import SharedGradient
+from lmleak.lookup import lookup
+from lmleak.types import AttackCost, ImageReconstruction, Observation
+
+LARGEST_OPTION = 1e30  # beyond it, float32 overflows inside the optimiser
+LABELS = {"given": True, "inferred": False}  # whether the server must be told
+
+Distance = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""What is minimised: of the gradient g(x) by name, and of x (B, C, H, W); a scalar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAttack(Attack):
+    """Options and assumptions of every attack that moves images until their gradient is the observed one."""
+
+    labels: str = "given"
+    """Class labels: "given" by the server, or "inferred" from the last layer's gradient
+    (:mod:`lmleak.attacks.image_labels`)."""
+    mask_zeros: bool | str = "auto"
+    """Compare only where the observed gradient is not exactly zero: True, False, or "auto", if the gradient is known
+    to be sparsified (prune, topk)."""
+
+    assumes: ClassVar[Assumptions] = Assumptions(
+        tasks=("image-classification",), lengths=False, labels=True, local_steps=True,
+        parameters="any that depend on the pixels", prior="the range of pixel values",
+    )  # fmt: skip
+    COUNTS: ClassVar[tuple[str, ...]] = ()
+    """Options that count something, from 1."""
+    AMOUNTS: ClassVar[tuple[str, ...]] = ()
+    """Options that are numbers of at least 0."""
+
+    def __post_init__(self):
+        if not lookup("labels", self.labels, LABELS):
+            object.__setattr__(self, "assumes", replace(type(self).assumes, labels=False))
+        if not isinstance(self.mask_zeros, bool) and self.mask_zeros != "auto":
+            raise ConfigError(
+                f"attack {self.name!r}: mask_zeros must be True, False or 'auto', got {self.mask_zeros!r}"
+            )
+        for option in self.COUNTS:
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"attack {self.name!r}: {option} must be an integer of at least 1, got {value!r}")
+        for option in self.AMOUNTS:
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_OPTION:
+                raise ConfigError(
+                    f"attack {self.name!r}: {option} must be a number from 0 to {LARGEST_OPTION:g}, got {value!r}"
+                )
+
+    def check(self, adapter: VisionAdapter, shared: SharedGradient) -> None:
+        """Refuse what cannot be matched.
+
+        Args:
+            adapter: The model.
+            shared: The released gradient.
+
+        Raises:
+            UnsupportedCombinationError: If labels are neither given nor to be inferred, among others.
+        """
+        if self.labels == "given" and shared.labels is None and adapter.task in self.assumes.tasks:
+            raise UnsupportedCombinationError(
+                f"attack {self.name!r} assumes that labels are known, and this gradient does not reveal them; capture "
+                "with reveal_labels=True, or write labels='inferred'"
+            )
+        super().check(adapter, shared)
+        adapter.image_shape  # noqa: B018 (refuses a model that does not say which images it reads)
+
+    def problem(self, adapter: VisionAdapter, observation: Observation, *, seed: int) -> "ImageProblem":
+        """Return what is to be matched, with the labels as the option says.
+
+        Args:
+            adapter: The model.
+            observation: What the server sees.
+            seed: Seed of label inference.
+
+        Returns:
+            The problem.
+
+        Raises:
+            UnsupportedCombinationError: If labels are to be inferred and the gradient does not decide them.
+        """
+        facts = ()
+        labels = observation.labels
+        if self.labels == "inferred":
+            found = class_labels(adapter, observation, seed=seed)
+            labels = found.assignment(observation)
+            if labels is None:
+                order = "which image of which local step or client has which label does not show"
+                raise UnsupportedCombinationError(
+                    f"attack {self.name!r} cannot infer the class labels: "
+                    f"{found.reason if found.counts is None else order}; capture with "
+                    "reveal_labels=True and write labels='given'"
+                )
+            certainty = "" if found.exact else ", an estimate"
+            facts = (f"class labels {labels.tolist()} were inferred ({found.reason}{certainty})",)
+        return ImageProblem(adapter, observation, labels, mask_zeros=self.mask_zeros, facts=facts)
+
+
+class ImageProblem:
+    """One observation to be matched by images: the constants of an attack, and a count of gradients.
+
+    Args:
+        adapter: The model.
+        observation: What the server sees.
+        labels: (B,) class labels, given or inferred.
+        mask_zeros: The option of :class:`ImageAttack`.
+        facts: What the user should know so far.
+    """
+
+    def __init__(
+        self,
+        adapter: VisionAdapter,
+        observation: Observation,
+        labels: Tensor,
+        *,
+        mask_zeros: bool | str = "auto",
+        facts: tuple[str, ...] = (),
+    ):
+        self.adapter, self.aggregation = adapter, observation.aggregation
+        self.device, self.dtype = adapter.device, adapter.dtype
+        self.labels = labels.to(self.device)
+        self.names = tuple(observation.gradient)
+        self.observed = {n: g.to(self.device, self.dtype) for n, g in observation.gradient.items()}
+        """The observed gradient g*, in the model's dtype on its device."""
+        self.kept = kept_coordinates(self.observed, observation.defenses, mask_zeros)
+        """Per name, True where g* says something; names that are absent are compared everywhere."""
+        self.shape = (observation.batch_size, *adapter.image_shape)
+        """(B, C, H, W)."""
+        self.low, self.high = adapter.valid_range()
+        """Black and white pixels, (C, H, W) each."""
+        self.single_step = self.aggregation.clients == self.aggregation.steps == 1
+        numbers = sum(g.numel() for g in self.observed.values())
+        self.together = max(1, GRADIENT_NUMBERS // numbers) if self.single_step else 1
+        """How many guesses :meth:`slopes` takes at once; updates of several clients or steps, one by one."""
+        self.evaluations = 0
+        """Gradients computed so far: one per guess and epoch, three where it is differentiated further."""
+        self.facts = list(facts)
+        if "dropout(on)" in observation.defenses:
+            self.facts.append("dropout was on, and is matched as if it were off")
+
+    def start(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+        """Return random images (B, C, H, W), independent N(0, scale^2), the same on every device."""
+        return scale * torch.randn(self.shape, generator=generator, dtype=self.dtype).to(self.device)
+
+    def boxed(self, x: Tensor) -> Tensor:
+        """Return the nearest images of valid pixels."""
+        return torch.minimum(torch.maximum(x, self.low), self.high)
+
+    def gradient(self, x: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+        """Return the gradient g(x), or the update, that images would have produced.
+
+        Args:
+            x: (B, C, H, W) normalised pixels.
+            create_graph: Whether it is differentiated further; it is counted as three gradients then.
+
+        Returns:
+            One tensor per released parameter.
+        """
+        self.evaluations += self.aggregation.epochs * (GRADIENTS_PER_STEP if create_graph else 1)
+        update, _ = update_of(
+            self.adapter, x, self.labels, {}, self.names, self.aggregation, create_graph=create_graph
+        )
+        return update
+
+    def slopes(self, guesses: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+        """Return the distances of R stacked guesses, and their derivatives by them.
+
+        Several guesses are taken together by ``torch.func.vmap``, no more than ``together`` at once.
+
+        Args:
+            guesses: (R, B, C, H, W), detached.
+            distance: A function of ``(gradient, x)``.
+
+        Returns:
+            Distances (R,) and derivatives (R, B, C, H, W).
+        """
+        parts = [self._slopes(part, distance) for part in guesses.split(self.together)]
+        values, slopes = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(slopes)
+
+    def _slopes(self, guesses: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+        if len(guesses) == 1:
+            x = guesses[0].clone().requires_grad_()
+            value = distance(self.gradient(x, create_graph=True), x)
+            (slope,) = torch.autograd.grad(value, x)
+            return value.detach()[None], slope[None]
+        self.evaluations += GRADIENTS_PER_STEP * len(guesses)
+        parameters = {n: p for n, p in self.adapter.parameters().items() if n in self.observed}
+
+        def of(x: Tensor) -> Tensor:
+            gradient = torch.func.grad(lambda theta: self.adapter.loss(x, self.labels, {}, theta))(parameters)
+            return distance(gradient, x)
+
+        slopes, values = torch.func.vmap(torch.func.grad_and_value(of))(guesses)
+        return values, slopes
+
+    def reconstruction(
+        self,
+        attack: str,
+        images: Tensor,
+        *,
+        iterations: int,
+        stopped: str,
+        objective: float | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> ImageReconstruction:
+        """Return the result of an attack.
+
+        Args:
+            attack: Its name.
+            images: (B, C, H, W) normalised pixels.
+            iterations: Iterations over all restarts.
+            stopped: Why it ended.
+            objective: Final objective.
+            notes: What the user should know besides ``facts``.
+
+        Returns:
+            The reconstruction, on the CPU.
+        """
+        return ImageReconstruction(
+            attack=attack, images=images.detach().cpu(), labels=self.labels.cpu(),
+            cost=AttackCost(0.0, self.evaluations, iterations), stopped=stopped, objective=objective,
+            notes=(*self.facts, *notes),
+        )  # fmt: skip
+
+
+def kept_coordinates(
+    observed: Mapping[str, Tensor], defenses: tuple[str, ...], mask_zeros: bool | str
+) -> dict[str, Tensor]:
+    """Return where a gradient says something, if it was sparsified.
+
+    Zeros are no sign of it: a dead ReLU unit has a gradient of zeros, and those tell something about x.
+
+    Args:
+        observed: The released gradient.
+        defenses: What was applied to it.
+        mask_zeros: The option of :class:`ImageAttack`.
+
+    Returns:
+        Per name, True where the gradient is not zero; names without zeros are absent, and all where nothing is masked.
+    """
+    sparsified = any(defense.startswith(SPARSIFIERS) for defense in defenses)
+    if not (sparsified if mask_zeros == "auto" else mask_zeros):
+        return {}
+    kept = {name: g != 0 for name, g in observed.items()}
+    return {name: k for name, k in kept.items() if not k.all()}

@@ -1,0 +1,278 @@
+"""Gradient matching for images: move random pixels until their gradient is the observed one. DLG (iDLG) and GS.
+
+    x* = argmin_x  distance(grad_theta L(x, y; theta), g*)  +  tv TV(x)
+
+A step costs three gradients per restart (one, and a backward through it), times the epochs of local training. Measured
+on the sigmoid LeNet with U(-0.5, 0.5) weights, MNIST test images, clean gradient, labels given, 1,000 steps, one
+restart, float32, no normalisation, PSNR in dB of pixels in [0, 1]:
+
+* GS, weights of seed 0, images 0-2, seeds 0-2 of the attack: mean 52.6, lowest 42.6.
+* GS, (weights, image): (1, 0) 45.5, (1, 1) 27.2, (2, 0) 13.9, (2, 1) 56.1, (3, 0) 34.8. Steps by sign do not shrink
+  near a solution but with the schedule; ``signed=False`` gives 43.5 on (1, 1), 34.8 on (2, 0), 48.2 on (3, 0).
+* DLG by L-BFGS on the same: 54.6, 51.8, 37.2, 53.6, 60.6.
+
+In float32 the cosine distance is rounded to about 1e-7: with ``tv=0`` the best iterate is one among near equals.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lmleak.adapters.vision import VisionAdapter
+from lmleak.attacks.descent import IMPROVEMENT, UNMATCHED
+from lmleak.attacks.image_base import ImageAttack, ImageProblem
+from lmleak.attacks.objectives import Cosine, Objective, SquaredL2
+from lmleak.errors import ConfigError
+from lmleak.lookup import lookup
+from lmleak.types import ImageReconstruction, Observation
+
+MILESTONES = (3 / 8, 5 / 8, 7 / 8)  # parts of the iterations after which GS takes steps ten times smaller
+L_BFGS_PAIRS = 100  # steps that L-BFGS remembers
+
+
+@dataclass
+class Attempt:
+    """One restart and its best iterate."""
+
+    images: Tensor
+    """(B, C, H, W)."""
+    objective: float = math.inf
+    iterations: int = 0
+    stopped: str = ""
+    reference: float = math.inf
+    """Objective at the last relative improvement."""
+    last_improved: int = 0
+
+    def see(self, value: float, images: Tensor, options: "ImageMatching") -> None:
+        """Take in the objective of the next iterate, and decide whether to stop."""
+        iteration, self.iterations = self.iterations, self.iterations + 1
+        if not math.isfinite(value):
+            self.stopped = f"objective became {value} at iteration {iteration}"
+            return
+        if value <= self.objective:
+            self.images, self.objective = images.detach().clone(), value
+        if value <= options.loss_tolerance:
+            self.stopped = "objective below tolerance"
+        elif value < self.reference * (1 - IMPROVEMENT):
+            self.reference, self.last_improved = value, iteration
+        elif iteration - self.last_improved >= options.patience:
+            self.stopped = f"no improvement for {options.patience} iterations"
+        if not self.stopped and self.iterations == options.iterations:
+            self.stopped = "iteration limit"
+
+
+class _Stopped(Exception):
+    """Ends an optimiser's own loop on purpose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMatching(ImageAttack):
+    """The engine of DLG and GS on images."""
+
+    iterations: int = 1000
+    """Largest number of steps per restart; for L-BFGS, of objectives and their derivatives."""
+    learning_rate: float = 0.1
+    """Step of Adam at the start, in normalised pixels."""
+    restarts: int = 1
+    """Independent attempts, side by side where the model is small; the one of lowest objective is returned."""
+    init_scale: float = 1.0
+    """Standard deviation of the random start, in normalised pixels."""
+    patience: int = 1000
+    """Stop after so many iterations without a relative improvement of 1e-3, counted from the last fall of the learning
+    rate."""
+    loss_tolerance: float = 1e-12
+    """Stop below this objective."""
+    tv: float = 0.0
+    """Weight of the total variation."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("iterations", "restarts", "patience")
+    AMOUNTS: ClassVar[tuple[str, ...]] = ("learning_rate", "init_scale", "loss_tolerance", "tv")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.learning_rate == 0:
+            raise ConfigError(f"attack {self.name!r}: learning_rate must be above 0, got {self.learning_rate!r}")
+
+    @abstractmethod
+    def make_objective(self, problem: ImageProblem) -> Objective:
+        """Return the distance of a gradient from the observed one."""
+
+    @abstractmethod
+    def descend(self, problem: ImageProblem, distance: Callable, attempts: list[Attempt]) -> None:
+        """Improve attempts, all together, until each has stopped."""
+
+    def recover(self, adapter: VisionAdapter, observation: Observation, *, seed: int) -> ImageReconstruction:
+        """Return the images whose gradient is nearest to the observed one.
+
+        Args:
+            adapter: The model.
+            observation: What the server sees; labels unless inferred.
+            seed: Seed of the random starts.
+
+        Returns:
+            The images.
+        """
+        problem = self.problem(adapter, observation, seed=seed)
+        objective = self.make_objective(problem)
+
+        def distance(gradient: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            return objective(gradient) + (self.tv * total_variation(x) if self.tv else 0.0)
+
+        attempts = self._starts(problem, seed)
+        for first in range(0, len(attempts), problem.together):
+            self.descend(problem, distance, attempts[first : first + problem.together])
+        best = min(attempts, key=lambda attempt: attempt.objective)
+        notes = ()
+        if best.objective >= UNMATCHED:
+            notes = (
+                f"the gradient was not matched (objective {best.objective:.2g}, zero gradient 1): either it is noisy, "
+                "or the descent is stuck and more iterations or restarts may recover more",
+            )
+        return problem.reconstruction(
+            self.name, best.images, iterations=sum(attempt.iterations for attempt in attempts), stopped=best.stopped,
+            objective=best.objective if math.isfinite(best.objective) else None, notes=notes,
+        )  # fmt: skip
+
+    def _starts(self, problem: ImageProblem, seed: int) -> list[Attempt]:
+        """Return one attempt per restart; the first is the same however many follow."""
+        later = torch.randint(2**31, (self.restarts,), generator=torch.Generator().manual_seed(seed)).tolist()
+        generators = [torch.Generator().manual_seed(s) for s in (seed, *later[1:])]
+        return [Attempt(problem.start(generator, self.init_scale)) for generator in generators]
+
+    def _adam(
+        self,
+        problem: ImageProblem,
+        distance: Callable,
+        attempts: list[Attempt],
+        *,
+        direction: Callable[[Tensor], Tensor] = lambda slope: slope,
+        project: Callable[[Tensor], Tensor] = lambda x: x,
+        milestones: tuple[float, ...] = (),
+    ) -> None:
+        """Run Adam on all attempts together.
+
+        Args:
+            problem: What is matched.
+            distance: What is minimised.
+            attempts: Where they start.
+            direction: What Adam is given in place of the derivative.
+            project: Where the start, and an iterate after every step, is moved.
+            milestones: Parts of the iterations after which steps are ten times smaller.
+        """
+        guesses = project(torch.stack([attempt.images for attempt in attempts]))
+        optimizer = torch.optim.Adam([guesses], lr=self.learning_rate)
+        at = [int(part * self.iterations) for part in milestones] or [0]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, at[: len(milestones)], gamma=0.1)
+        for iteration in range(self.iterations):
+            values, slopes = problem.slopes(guesses, distance)
+            for value, x, attempt in zip(values.tolist(), guesses, attempts, strict=True):
+                if not attempt.stopped:
+                    attempt.see(value, x, self)
+                if iteration < at[-1]:
+                    attempt.last_improved = iteration  # large steps stall, and smaller ones get further
+            if all(attempt.stopped for attempt in attempts):
+                return
+            guesses.grad = direction(slopes)
+            optimizer.step()
+            schedule.step()
+            guesses.copy_(project(guesses))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDLG(ImageMatching):
+    """Deep leakage from gradients: least squares between gradients. With ``labels="inferred"``, iDLG.
+
+    ``sum_l ||g_l(x) - g*_l||^2 / ||g*||^2``, by Adam without sign, box or decay, as the influence-function paper runs
+    it (Zhang et al. 2023, arXiv:2309.13016, 24,000 steps), or by L-BFGS, as Zhu et al. do (300 steps), here with a
+    strong Wolfe line search.
+    """
+
+    optimizer: str = "adam"
+    """"adam" or "lbfgs"."""
+
+    name: ClassVar[str] = "dlg"
+    paper: ClassVar[str] = "Zhu, Liu, Han 2019, Deep Leakage from Gradients, arXiv:1906.08935"
+
+    def __post_init__(self):
+        super().__post_init__()
+        lookup("optimizer", self.optimizer, {"adam": ..., "lbfgs": ...})
+
+    def make_objective(self, problem: ImageProblem) -> SquaredL2:
+        """Return the squared L2 distance, 1 for the gradient zero."""
+        return SquaredL2(problem.observed, balance=0.0, kept=problem.kept)
+
+    def descend(self, problem: ImageProblem, distance: Callable, attempts: list[Attempt]) -> None:
+        """Improve attempts, all together, until each has stopped."""
+        if self.optimizer == "adam":
+            self._adam(problem, distance, attempts)
+            return
+        for attempt in attempts:
+            self._l_bfgs(problem, distance, attempt)
+
+    def _l_bfgs(self, problem: ImageProblem, distance: Callable, attempt: Attempt) -> None:
+        """Run L-BFGS on one attempt."""
+        x = attempt.images.clone()
+        optimizer = torch.optim.LBFGS(
+            [x], max_iter=self.iterations, history_size=L_BFGS_PAIRS, tolerance_grad=0.0, tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def evaluate() -> Tensor:
+            values, slopes = problem.slopes(x[None], distance)
+            attempt.see(values.item(), x, self)
+            if attempt.stopped:
+                raise _Stopped
+            x.grad = slopes[0]
+            return values[0]
+
+        try:
+            optimizer.step(evaluate)
+        except _Stopped:
+            return
+        attempt.stopped = "L-BFGS found no lower point"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGS(ImageMatching):
+    """Inverting gradients: cosine distance and total variation, by Adam on the signs of the derivative.
+
+    ``1 - <g(x), g*> / (||g(x)|| ||g*||) + tv TV(x)`` over valid pixels; the learning rate falls tenfold after 3/8, 5/8
+    and 7/8 of the iterations.
+    """
+
+    tv: float = 1e-4
+    """Weight of the total variation."""
+    signed: bool = True
+    """Whether Adam is given the signs of the derivative only, as published; False got further on the sigmoid LeNet."""
+
+    name: ClassVar[str] = "gs"
+    paper: ClassVar[str] = (
+        "Geiping et al. 2020, Inverting Gradients: How Easy Is It to Break Privacy in Federated Learning?, "
+        "arXiv:2003.14053"
+    )
+
+    def make_objective(self, problem: ImageProblem) -> Cosine:
+        """Return one minus the cosine."""
+        return Cosine(problem.observed, balance=0.0, kept=problem.kept)
+
+    def descend(self, problem: ImageProblem, distance: Callable, attempts: list[Attempt]) -> None:
+        """Improve attempts, all together, until each has stopped."""
+        direction = torch.sign if self.signed else torch.clone
+        self._adam(problem, distance, attempts, direction=direction, project=problem.boxed, milestones=MILESTONES)
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Return the mean absolute difference of neighbours along rows plus that along columns.
+
+    Args:
+        x: (B, C, H, W) images.
+
+    Returns:
+        A scalar, in normalised pixels.
+    """
+    return x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()
