@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import lmleak
+from lmleak.adapters import ARCHITECTURES
 from lmleak.attacks import ATTACKS, Attack
 from lmleak.attacks.base import Assumptions, reconstruction
 from lmleak.config import parse_config
@@ -99,7 +100,13 @@ def test_shapes_name_a_known_model_type(path):
     from transformers import AutoConfig
 
     shape = yaml.safe_load(path.read_text())
-    assert AutoConfig.for_model(shape["model_type"], **shape["config"]).num_hidden_layers == 12
+    if "architecture" in shape:
+        assert shape["architecture"] in ARCHITECTURES
+        return
+    config = AutoConfig.for_model(shape["model_type"], **(shape.get("config") or {}))
+    assert all(hasattr(config, key) for key in shape.get("config") or {})
+    if shape["task"] != "image-classification":
+        assert config.num_hidden_layers == 12
 
 
 def test_every_name_in_the_public_interface_exists():
