@@ -1,0 +1,37 @@
+"""Floor 3, the data owner's side: which layer's gradient leaks what, with and without an attack.
+
+Mo, Borovykh, Malekzadeh, Haddadi and Demetriou, Quantifying and Localizing Usable Information Leakage from Gradients,
+arXiv:2105.13929. The definitions here are our reading of its abstract.
+"""
+
+from lmleak.leakage.discrepancy import KernelDiscrepancy, MeanDifference, kernel_discrepancy, mean_difference
+from lmleak.leakage.extremes import SpectralNorm, largest_entries, spectral_norms
+from lmleak.leakage.permutation import PermutationTest, permutation_p_value
+from lmleak.leakage.sensitivity import LayerSensitivity, Sensitivity, input_sensitivity
+from lmleak.leakage.subspace import (
+    SubspaceDistance,
+    principal_angles,
+    sample_subspace_distance,
+    subspace_sweep,
+    weight_subspace_distance,
+)
+
+__all__ = [
+    "KernelDiscrepancy",
+    "LayerSensitivity",
+    "MeanDifference",
+    "PermutationTest",
+    "Sensitivity",
+    "SpectralNorm",
+    "SubspaceDistance",
+    "input_sensitivity",
+    "kernel_discrepancy",
+    "largest_entries",
+    "mean_difference",
+    "permutation_p_value",
+    "principal_angles",
+    "sample_subspace_distance",
+    "spectral_norms",
+    "subspace_sweep",
+    "weight_subspace_distance",
+]

@@ -1,0 +1,95 @@
+"""Gradients of one layer as rows of a matrix, with the attribute value of each: what the comparisons start from."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmleak.errors import DataError
+
+COLUMNS = 2**16  # parameters read at once when gradients are replaced by coordinates
+
+
+def attribute_codes(labels: Sequence | np.ndarray | Tensor, size: int) -> tuple[list, Tensor]:
+    """Return the distinct values of an attribute, sorted, and each row's index among them.
+
+    Args:
+        labels: One value per row: numbers, strings or a tensor.
+        size: Number of gradients.
+
+    Returns:
+        The values, and (n,) int64 indices on the CPU.
+
+    Raises:
+        DataError: If the number of labels is not that of the gradients, or there are fewer than two values, or a
+            value has one example only.
+    """
+    labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if labels.shape != (size,):
+        raise DataError(f"expected one attribute value per gradient, ({size},), got labels of shape {labels.shape}")
+    values, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(values) < 2 or counts.min() < 2:
+        raise DataError(
+            f"comparing attribute values needs two of them with two gradients each, got "
+            f"{dict(zip(values.tolist()[:5], counts.tolist()[:5], strict=True))}"
+        )
+    return values.tolist(), torch.from_numpy(codes.reshape(-1).astype(np.int64))
+
+
+def coordinates(gradients: Tensor) -> Tensor:
+    """Return rows with the inner products of the gradients and at most n columns.
+
+    G^T = Q R with orthonormal Q (p, n) gives G G^T = R^T R: R^T (n, n) serves in place of G, with angles as accurate
+    as from G itself (forming the Gram matrix would square the condition number). R is updated block by block of
+    parameters, so that G may be a memory-mapped or half-precision tensor.
+
+    Args:
+        gradients: (n, p) or (n, ...).
+
+    Returns:
+        (n, min(n, p)) float64 on the CPU; the flattened gradients themselves if p <= n.
+
+    Raises:
+        DataError: If there is no gradient to read.
+    """
+    if gradients.ndim < 2 or gradients.numel() == 0:
+        raise DataError(f"expected gradients (n, p) or (n, out, in), got shape {tuple(gradients.shape)}")
+    flat = gradients.detach().flatten(1)
+    if flat.shape[1] <= len(flat):
+        return finite(flat.double()).cpu()
+    triangle = flat.new_zeros(0, len(flat), dtype=torch.float64)
+    for block in flat.split(max(COLUMNS, len(flat)), dim=1):
+        triangle = torch.linalg.qr(torch.cat([triangle, finite(block.double()).T]), mode="r").R
+    return triangle.T.contiguous().cpu()
+
+
+def less_mean(rows: Tensor) -> Tensor:
+    """Return rows less their mean; what rounding leaves of rows equal to it becomes zero, lest it look like a span."""
+    centred = rows - rows.mean(0)
+    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    rounding = 100 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=1).max()
+    return torch.where(norms > rounding, centred, torch.zeros_like(centred))
+
+
+def finite(rows: Tensor) -> Tensor:
+    """Return the rows.
+
+    Args:
+        rows: Gradients.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        DataError: If one holds NaN or Inf.
+    """
+    if not torch.isfinite(rows).all():
+        raise DataError("the gradients hold NaN or Inf; leave those examples out")
+    return rows
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Return rows scaled to norm 1; a zero gradient stays zero."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(norms > 0, norms, torch.ones_like(norms))

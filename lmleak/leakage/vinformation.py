@@ -1,0 +1,296 @@
+"""Empirical V-information: how much of the private thing an attacker with a given set of models can use.
+
+    H_V(Y|X) = inf_{f in V} E[-log f[X](Y)],   I_V(X -> Y) = H_V(Y|0) - H_V(Y|X)
+
+Source: Xu et al. 2020, arXiv:2002.10689, definitions 1-3; applied to the gradient X of one layer by Mo et al. 2021,
+arXiv:2105.13929. Their architectures and likelihoods are not public in detail; the estimator here is our reading.
+It is a statement about the attackers in V: features of no use to them (I_V = 0) may still be of use to others.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score
+
+from lmleak.errors import ConfigError, DataError
+from lmleak.leakage.cross_fitting import Chosen, Folds, Target, feature_matrix, make_target
+from lmleak.leakage.permutation import PermutationTest, permutation_p_value
+
+
+@dataclass(frozen=True)
+class VInformation:
+    """Usable information of some features about a target, from held-out predictions of every sample."""
+
+    target: str
+    """"latent" (an attribute) or "original" (the input)."""
+    family: str
+    nats: float
+    """I_V = mean of ``pointwise``. For the input, of all its coordinates together."""
+    low: float
+    high: float
+    """Percentile bootstrap interval of ``nats`` over samples (or groups), the fitted predictors held fixed: it does
+    not hold what another draw of the training samples would change."""
+    confidence: float
+    baseline_nats: float
+    """H_V(Y|0): log-loss of the constant predictor. For the input a differential entropy, which has no zero."""
+    members: tuple[str, ...]
+    """The member chosen in each fold, "constant" where none was of use."""
+    num_samples: int
+    num_features: int
+    pointwise: NDArray
+    """(n,) PVI_i = log f[x_i](y_i) - log f[0](y_i) in nats (Ethayarajh et al. 2022, arXiv:2110.08420)."""
+    accuracy: float | None = None
+    """Latent: share of samples whose likeliest value is theirs."""
+    majority_accuracy: float | None = None
+    """Latent: the same of the constant predictor."""
+    auc: float | None = None
+    """Latent: area under the ROC curve; the mean of one against the rest for more than two values."""
+    mse: float | None = None
+    """Original: mean squared error per coordinate, squared units of the input."""
+    constant_mse: float | None = None
+    """Original: the same of the mean input."""
+    num_coordinates: int | None = None
+    """Original: dx."""
+
+    @property
+    def bits(self) -> float:
+        """I_V in bits."""
+        return self.nats / log(2)
+
+    @property
+    def fraction(self) -> float | None:
+        """Latent: I_V / H_V(Y|0), 1 where the attribute is told with certainty; None for the input."""
+        return self.nats / self.baseline_nats if self.target == "latent" else None
+
+    @property
+    def r_squared(self) -> float | None:
+        """Original: 1 - MSE1 / MSE0; None for an attribute."""
+        return None if self.mse is None else 1 - self.mse / self.constant_mse
+
+    @property
+    def nats_per_coordinate(self) -> float | None:
+        """Original: I_V / dx = log(MSE0 / MSE1) / 2; None for an attribute."""
+        return None if self.num_coordinates is None else self.nats / self.num_coordinates
+
+
+def v_information(
+    features: ArrayLike,
+    targets: ArrayLike,
+    *,
+    family: str = "linear",
+    groups: Sequence[Hashable] | None = None,
+    folds: int = 5,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> VInformation:
+    """Estimate the information about a target that a family of models can use in some features.
+
+    Latent (K values): the loss is -log q(y) of calibrated probabilities; the constant predictor is the class
+    frequencies. Original (dx values): Gaussian with mean f[x] and one variance for all coordinates, fitted:
+    I_V = (dx/2) log(MSE0 / MSE1), MSE over all held-out samples and coordinates; the two variances are the only
+    numbers fitted on held-out samples. For linear-Gaussian X and Y with equal variances per coordinate, the linear
+    family gives Shannon's information.
+
+    Members are fitted, calibrated, chosen and tested on separate samples (``cross_fitting``); the constant predictor
+    is among those chosen from (optional ignorance), so I_V is negative by chance only. A projection of the features
+    is part of V. An attacker of a family above the one asked for may use more.
+
+    Args:
+        features: X (n, p), one row per released gradient.
+        targets: Y: (n,) integers, booleans or strings for an attribute, (n, dx) values for the input.
+        family: "constant", "linear", "forest", "mlp" or "deep-mlp" (``families.FAMILIES``).
+        groups: (n,) the group of each sample (author, image of origin), if samples of one group resemble each other:
+            groups are not divided between fitting and testing, and the bootstrap resamples groups.
+        folds: K of the cross-fitting.
+        confidence: Nominal coverage of the interval.
+        resamples: Bootstrap resamples.
+        seed: Seed of folds, members and bootstrap.
+
+    Returns:
+        The information with its interval and the usual scores. ``ConfigError`` or ``DataError`` on settings, features
+        or targets that cannot be used.
+    """
+    target = make_target(targets)
+    matrix = feature_matrix(features, len(target.values))
+    division = Folds(target, folds, seed, groups)
+    constant = division.constant_candidates()
+    chosen = division.choose(constant, division.candidates(matrix, family))
+    return information_between(
+        target, division.choose(constant), chosen, family=family, num_features=matrix.shape[1],
+        groups=groups, confidence=confidence, resamples=resamples, seed=seed,
+    )  # fmt: skip
+
+
+def information_between(
+    target: Target,
+    without: Chosen,
+    given: Chosen,
+    *,
+    family: str,
+    num_features: int,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> VInformation:
+    """Return what one predictor knows beyond another, both cross-fitted on the same folds.
+
+    Args:
+        target: What is predicted.
+        without: The predictor that lacks the features in question; of the constant one, this is plain I_V.
+        given: The predictor that has them.
+        family: Its family, for the record.
+        num_features: p, for the record.
+        groups: As in :func:`v_information`.
+        confidence: Nominal coverage of the interval.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The information.
+
+    Raises:
+        ConfigError: If the confidence or the number of resamples cannot be right.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ConfigError(f"expected 0 < confidence < 1 and resamples >= 1, got {confidence!r} and {resamples!r}")
+    if target.kind == "latent":
+        pointwise = without.loss - given.loss
+        baseline, scores = without.loss.mean(), _latent_scores(target, without, given)
+        statistic = lambda weights: weights @ pointwise
+    else:
+        dx, mse0, mse1 = target.values.shape[1], without.loss.mean(), max(given.loss.mean(), 1e-300)
+        pointwise = dx / 2 * (np.log(mse0 / mse1) + without.loss / mse0 - given.loss / mse1)
+        baseline = dx / 2 * (np.log(2 * np.pi * mse0) + 1)
+        scores = {"mse": float(mse1), "constant_mse": float(mse0), "num_coordinates": dx}
+        statistic = lambda weights: dx / 2 * np.log(weights @ without.loss / np.maximum(weights @ given.loss, 1e-300))
+    draws = statistic(_bootstrap_weights(len(pointwise), groups, resamples, seed))
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return VInformation(
+        target=target.kind, family=family, nats=float(pointwise.mean()), low=float(low), high=float(high),
+        confidence=confidence, baseline_nats=float(baseline), members=given.members, num_samples=len(pointwise),
+        num_features=num_features, pointwise=pointwise, **scores,
+    )  # fmt: skip
+
+
+def _latent_scores(target: Target, without: Chosen, given: Chosen) -> dict[str, float]:
+    guesses, baseline = (chosen.log_probabilities.argmax(1) for chosen in (given, without))
+    probabilities = np.exp(given.log_probabilities)
+    if probabilities.shape[1] == 2:
+        auc = roc_auc_score(target.values, probabilities[:, 1])
+    else:
+        truth = np.eye(probabilities.shape[1])[target.values]
+        auc = np.mean([roc_auc_score(t, p) for t, p in zip(truth.T, probabilities.T, strict=True)])
+    return {
+        "accuracy": float((guesses == target.values).mean()),
+        "majority_accuracy": float((baseline == target.values).mean()),
+        "auc": float(auc),
+    }
+
+
+def _bootstrap_weights(count: int, groups: Sequence[Hashable] | None, resamples: int, seed: int) -> NDArray:
+    """Return (resamples, n) weights that sum to one, by drawing samples, or whole groups, with replacement."""
+    units = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    number = units.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
+    weights = drawn[:, units].astype(np.float64)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def independence_test(
+    features: ArrayLike,
+    targets: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    permutations: int = 99,
+    folds: int = 3,
+    seed: int = 0,
+) -> PermutationTest:
+    """Test independence by fitting the linear family anew on shuffled targets.
+
+    The statistic leaves out the constant fallback and the calibration: with them it would be exactly 0 on most
+    shuffled targets, and the p-value no longer uniform. It may be far below 0, which is no information either.
+    Cost: permutations + 1 cross-fits of the linear family.
+
+    Args:
+        features: X (n, p).
+        targets: Y, as in :func:`v_information`.
+        groups: (n,) if samples of one group resemble each other; targets must then be equal within each group, and
+            are shuffled among groups.
+        permutations: Shuffles, at least 2; the smallest possible p-value is 1 / (permutations + 1).
+        folds: K of the cross-fitting.
+        seed: Seed of folds and shuffles.
+
+    Returns:
+        The statistic in nats with its null distribution and p-value.
+
+    Raises:
+        DataError: If targets differ within a group.
+    """
+    values = np.asarray(targets)
+    matrix = feature_matrix(features, len(values))
+    _, first, of_sample = np.unique(
+        np.arange(len(values)) if groups is None else np.asarray(groups), return_index=True, return_inverse=True
+    )
+    of_group = values[first]
+    if not np.array_equal(of_group[of_sample], values):
+        raise DataError("targets differ within a group, so shuffling them among groups is no null; drop groups=")
+
+    def statistic(of_group: NDArray) -> float:
+        target = make_target(of_group[of_sample])
+        division = Folds(target, folds, seed, groups)
+        fitted = division.choose(division.candidates(matrix, "linear", calibrate=False))
+        constant = division.choose(division.constant_candidates())
+        if target.kind == "latent":
+            return float((constant.loss - fitted.loss).mean())
+        return float(target.values.shape[1] / 2 * np.log(constant.loss.mean() / fitted.loss.mean()))
+
+    return permutation_p_value(statistic, of_group, permutations, seed)
+
+
+def learning_curve(
+    features: ArrayLike, targets: ArrayLike, sizes: Sequence[int], *, seed: int = 0, **options
+) -> dict[int, VInformation]:
+    """Estimate the information from fewer samples: a curve that still rises says that I_V is underestimated.
+
+    Args:
+        features: X (n, p).
+        targets: Y, as in :func:`v_information`.
+        sizes: Numbers of samples, each at most n; a smaller set is part of every larger one.
+        seed: Seed of the choice of samples, and of everything else.
+        options: Of :func:`v_information`, without groups.
+
+    Returns:
+        Size -> information.
+
+    Raises:
+        DataError: If a size is larger than the number of samples.
+    """
+    values = np.asarray(targets)
+    matrix = feature_matrix(features, len(values))
+    order = np.random.default_rng(seed).permutation(len(values))
+    if max(sizes) > len(values):
+        raise DataError(f"there are {len(values)} samples, so the curve has no point at {max(sizes)}")
+    return {
+        int(size): v_information(matrix[order[:size]], values[order[:size]], seed=seed, **options) for size in sizes
+    }
+
+
+def v_information_by_layer(
+    features: Mapping[str, ArrayLike], targets: ArrayLike, **options
+) -> dict[str, VInformation]:
+    """Return the information of every layer's features by itself, on the same folds.
+
+    Args:
+        features: Layer -> X_l (n, p_l).
+        targets: Y.
+        options: Of :func:`v_information`.
+
+    Returns:
+        Layer -> information.
+    """
+    return {layer: v_information(matrix, targets, **options) for layer, matrix in features.items()}
