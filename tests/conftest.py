@@ -24,11 +24,11 @@ def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             # A file's tests share their fixtures; launched processes all meet at one port.
-            group = "launch" if "multiprocess" in item.keywords else item.nodeid.partition("::")[0]
+            group = "launch" if item.get_closest_marker("multiprocess") else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(group))
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords hold parameters' names too, such as gpu.yaml's
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 

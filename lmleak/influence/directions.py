@@ -138,6 +138,8 @@ class EigenDirections:
 
         It is the Cramer-Rao bound of unbiased attackers, A / sigma^2 being the Fisher information of x.
         """
+        if self.nullity:
+            return magnitude(math.inf, self.dx)
         return magnitude(noise_std * self.values.reciprocal().sum().sqrt().item(), self.dx)
 
     def damped_error(self, noise_std: float, damping: float) -> Magnitude:

@@ -1,8 +1,8 @@
 """Noise shaped to the directions in which the attacker is weakest, at a given expected norm.
 
 delta = sum_i z_i c_i v_i with z_i ~ N(0, 1) independent and v_i the right singular vectors of J: noise off the row
-space of J costs accuracy and hides nothing. Let q_i = c_i^2. The best attacker knows the levels q (a defense is
-public) and the prior N(mu, tau^2 I), and errs on direction i by the posterior variance
+space of J costs accuracy and hides nothing from who linearises. Let q_i = c_i^2. The best attacker among those knows
+the levels q (a defense is public) and the prior N(mu, tau^2 I), and errs on direction i by the posterior variance
     e_i(q_i) = (lambda_i / q_i + 1 / tau^2)^-1 = tau^2 q_i / (q_i + a_i),   a_i = tau^2 lambda_i,
 concave in q_i and at most tau^2. Maximise sum_i e_i subject to sum_i q_i = norm^2, q_i >= 0. Stationarity,
 tau^2 a_i / (q_i + a_i)^2 = mu, gives, with the level w = tau / sqrt(mu),
@@ -11,6 +11,11 @@ tau^2 a_i / (q_i + a_i)^2 = mu, gives, with the level w = tau / sqrt(mu),
 so noise starts at the smallest singular values, spreads upwards as the norm grows, and stays near zero where almost
 nothing is needed to reach tau^2. The error is (tau^2 sum_active (1 - sqrt(a_i) / w) + tau^2 nullity). Isotropic noise
 of the same norm, q_i = norm^2 / P, is feasible, so this is never worse against that attacker.
+
+**Do not use it to protect anything.** An attacker who does not linearise removes it: the noise is J(x)^T w for some w,
+so the release g(x) + J(x)^T w holds P equations without noise in 2 dx unknowns, and Levenberg-Marquardt on (x, w)
+returned the image exactly in 9 of 9 releases, under noise as large as the gradient too
+(``recipes/spectral_defense.py``). Noise that is shaped by the input carries the input. It is kept as the tool of that study.
 
 Without the saturation at tau^2 all noise would go to lambda_min, the error c^2 / lambda_min of I2F being unbounded:
 true of an attacker without any prior only. The scheme answers a suggestion of Zhang et al. 2023 (arXiv:2309.13016,
@@ -55,7 +60,10 @@ class SpectralNoise:
 
     @property
     def predicted_error(self) -> Magnitude:
-        """Root mean square error of the best attacker, who knows the levels and the prior."""
+        """Root mean square error of the best attacker who linearises g and knows the levels and the prior.
+
+        No bound for others, who remove the noise (see the module).
+        """
         variances = posterior_variances(self.directions.values, self.stds.square(), self.prior_std)
         return magnitude(variances.sum().sqrt().item(), self.directions.dx)
 

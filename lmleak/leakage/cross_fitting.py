@@ -173,7 +173,7 @@ class Folds:
 
     Raises:
         ConfigError: If K is below 2.
-        DataError: If there are too few groups.
+        DataError: If there are too few groups, or not one per sample.
     """
 
     def __init__(self, target: Target, count: int, seed: int, groups: Sequence[Hashable] | None = None):
@@ -181,10 +181,13 @@ class Folds:
             raise ConfigError(f"folds must be from 2 to the {len(target.values)} samples, got {count}")
         self.target, self.seed = target, seed
         self.groups = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+        if groups is not None and len(groups) != len(target.values):
+            raise DataError(f"expected one group per sample, {len(target.values)} of them, got {len(groups)}")
         everything = np.arange(len(target.values))
         self.parts: list[tuple[NDArray, NDArray, NDArray]] = []
         for rest, test in self._split(everything, count):
             train, validation = next(iter(self._split(rest, VALIDATION_PARTS)))
+            target.constant(rest[train])  # refuses a part in which a value is missing
             self.parts.append((rest[train], rest[validation], everything[test]))
         self.constants = [target.constant(np.concatenate([train, held])) for train, held, _ in self.parts]
 

@@ -97,7 +97,8 @@ def v_information(
 
     Members are fitted, calibrated, chosen and tested on separate samples (``cross_fitting``); the constant predictor
     is among those chosen from (optional ignorance), so I_V is negative by chance only. A projection of the features
-    is part of V. An attacker of a family above the one asked for may use more.
+    is part of V. The estimate is low rather than high, and no bound for attackers: members fitted on few samples do
+    worse than the best of V (``learning_curve``), and an attacker of a larger family may use more.
 
     Args:
         features: X (n, p), one row per released gradient.

@@ -67,7 +67,7 @@ def test_what_a_copy_tells_beyond_the_original_is_nothing():
 
 
 def test_conditional_linear_gaussian_information_is_the_closed_form():
-    """Y = a + b + noise: I(b -> Y | a) = log(1 + 1 / noise^2) / 2, I(b -> Y) = log((2 + noise^2) / (1 + noise^2)) / 2."""
+    """Y = a + b + e, s = Var e: I(b -> Y | a) = log(1 + 1/s) / 2, and I(b -> Y) = log((2 + s) / (1 + s)) / 2."""
     generator = np.random.default_rng(0)
     a, b = generator.standard_normal((2, 2000, 1))
     y = a + b + 0.5 * generator.standard_normal((2000, 1))
