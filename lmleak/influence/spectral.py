@@ -15,7 +15,8 @@ of the same norm, q_i = norm^2 / P, is feasible, so this is never worse against 
 **Do not use it to protect anything.** An attacker who does not linearise removes it: the noise is J(x)^T w for some w,
 so the release g(x) + J(x)^T w holds P equations without noise in 2 dx unknowns, and Levenberg-Marquardt on (x, w)
 returned the image exactly in 9 of 9 releases, under noise as large as the gradient too
-(``recipes/spectral_defense.py``). Noise that is shaped by the input carries the input. It is kept as the tool of that study.
+(``recipes/spectral_defense.py``). Noise that is shaped by the input carries the input. It is kept as the tool of
+that study.
 
 Without the saturation at tau^2 all noise would go to lambda_min, the error c^2 / lambda_min of I2F being unbounded:
 true of an attacker without any prior only. The scheme answers a suggestion of Zhang et al. 2023 (arXiv:2309.13016,
