@@ -3,8 +3,9 @@
     accelerate launch --config_file configs/accelerate/cpu1.yaml recipes/real_weights.py
         --config configs/real_weights/resnet20.yaml --model path/to/resnet20.th --data path/to/cifar.npz
 
-(on one line). Per image: loss, class label read from the gradient, I_lb and I2F at noise of 1 % of the gradient's root
-mean square, and what attacks recover from the clean gradient. All in root mean square per normalised pixel, whose
+(on one line). Per image: loss, class label read from the gradient; at noise of 1 % of the gradient's root mean square,
+lower bounds of I2F and the first-order error of the attacker of maximal posterior probability (MAP), who saturates at
+a guess; and what attacks recover from the clean gradient. All in root mean square per normalised pixel, whose
 deviation is about 1. A killed run continues where it stopped. One process or several give the same rows.
 """
 
@@ -30,7 +31,7 @@ from lmleak.evaluation.image_study import (
     study_images,
 )
 from lmleak.files import write_atomically
-from lmleak.influence import inversion_influence
+from lmleak.influence import GradientJacobian, InfluenceSolver
 from lmleak.report.drawing import encode
 from lmleak.report.image_grid import image_grid
 from lmleak.types import Batch
@@ -55,21 +56,27 @@ class WeightsConfig(ImageStudyConfig):
 
 
 def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, release: Release) -> dict:
-    """Return the loss, what the labels' readout says, and I2F with its bound."""
+    """Return the loss, what the labels' readout says, and the risk numbers."""
     adapter, shared = study.adapter, release.shared
     with torch.no_grad():
         loss = adapter.loss(adapter.input(batch), batch.targets, {}).item()
     found = class_labels(adapter, shared.observation(lengths=False, labels=False), seed=study.seed)
     assigned = found.assignment(shared.observation(lengths=False, labels=False))
-    influence = inversion_influence(
-        adapter, batch, noise_std=config.noise * shared.rms, shared=study.shared, max_products=config.products
-    )
+    noise_std = config.noise * shared.rms
+    solver = InfluenceSolver(
+        GradientJacobian(adapter, batch, shared=study.shared), adapter.prior(),
+        max_products=config.products, seed=study.seed,
+    )  # fmt: skip
+    damping = solver.map_damping(noise_std)
+    response = solver.respond({n: noise_std * d for n, d in solver.noise().items()}, [damping])
+    influence, predicted = response.influence(damping), response.predicted_error(noise_std)
     return {
         "loss": loss,
         "label_inferred": assigned is not None and sorted(assigned.tolist()) == sorted(batch.targets.tolist()),
-        "lower_bound_rms": influence.lower_bound.rms, "influence_rms": influence.influence.rms,
-        "cg_bound_rms": influence.cg_bound.rms, "converged": influence.converged, "residual": influence.residual,
-        "products": influence.products,
+        "lower_bound_rms": influence.lower_bound.rms, "cg_bound_rms": influence.cg_bound.rms,
+        "predicted_rms": predicted.error.rms, "predicted_converged": predicted.converged,
+        "residual": influence.residual, "lambda_max": influence.lambda_max, "damping": damping,
+        "undetermined_share": solver.undetermined_share(damping), "products": solver.operator.products,
     }  # fmt: skip
 
 
@@ -78,8 +85,9 @@ def summary(rows: Sequence[dict]) -> list[Entry]:
     lines = [
         {
             "attack": r["attack"], "image": str(r["indices"][0]), "loss": r["loss"],
-            "label_read": str(r["label_inferred"]), "I_lb_rms": r["lower_bound_rms"], "I2F_rms": r["influence_rms"],
-            "I2F_converged": str(r["converged"]), "rmse": r.get("rmse"), "psnr_db": r.get("psnr"),
+            "label_read": str(r["label_inferred"]), "I_lb_rms": r["lower_bound_rms"],
+            "CG_bound_rms": r["cg_bound_rms"], "MAP_rms": r["predicted_rms"],
+            "MAP_converged": str(r["predicted_converged"]), "rmse": r.get("rmse"), "psnr_db": r.get("psnr"),
             "ssim": r.get("ssim"), "matching_loss": r.get("matching_loss"), "gradients": r.get("gradient_evaluations"),
             "stopped": r.get("stopped", r.get("refused")),
         }
