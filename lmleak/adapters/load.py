@@ -184,6 +184,11 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
     except (UnsupportedModelError, ConfigError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, damaged, or not of its config
+        if "Unrecognized configuration class" in str(error):
+            raise ConfigError(
+                f"{name!r} is a {config.model_type} model, which has no head for task {task!r} in transformers; drop "
+                "task=, or give one that its architecture has"
+            ) from error
         kind = "directory" if os.path.isdir(source) else "hub id (is the hub reachable?)"
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -59,7 +59,7 @@ class TextScore:
         looked_up = adapter.select(observation.shared).through_lookup
         # Looked-up rows are no function of x alone, and have told what they can: the bag.
         observed = {
-            name: tensor.to(adapter.device)
+            name: tensor.to(adapter.device, adapter.dtype)
             for name, tensor in observation.gradient.items()
             if not (looked_up and name == adapter.lookup_table())
         }

@@ -62,7 +62,7 @@ class SquaresPlusAbsolutes(torch.autograd.Function):
     @staticmethod
     def forward(guess: Tensor, target: Tensor, ratio: float) -> Tensor:
         """Return the sum."""
-        total = 0.0
+        total = guess.new_zeros(())
         for g, t in zip(_pieces(guess.reshape(-1)), _pieces(target.reshape(-1)), strict=True):
             d = g - t
             total = total + torch.dot(d, d)

@@ -21,7 +21,7 @@ SMALLEST_GAP = 3.0
 SMALLEST_ROW = 1e-12
 """Rows of smaller relative norm are not scaled up to unit norm: they hold no signal."""
 
-RANGES = (64, 128)
+RANGES = (32, 64, 128)
 """Sizes of the random range that the row space is looked for in."""
 OVERSAMPLING = 16
 """Dimensions of the range beyond the rank."""

@@ -229,3 +229,8 @@ def test_a_folder_of_bare_vocabulary_files_is_a_tokenizer(tmp_path, files, text,
     shape.write_text(f"{{model_type: gpt2, task: causal-lm, config: {sizes}}}")
     tokenizer = load_adapter(str(shape), tokenizer=str(tmp_path)).tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == pieces
+
+
+def test_a_task_that_the_architecture_has_no_head_for_is_refused():
+    with pytest.raises(ConfigError, match=r"is a gpt2 model, which has no head for task 'masked-lm'"):
+        load_adapter("reference-gpt2", task="masked-lm")

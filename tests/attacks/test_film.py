@@ -143,3 +143,11 @@ def test_orders_a_message_of_the_reference_model():
     assert written.token_recall > 0.8
     improved = lmleak.score_text(make_attack("film", iterations=8).run(adapter, shared), batch)
     assert improved.rouge2 > written.rouge2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_gradient_of_another_precision_is_compared_in_the_models(dtype):
+    adapter = lmleak.load_adapter("reference-gpt2")
+    shared = lmleak.capture_gradient(adapter, adapter.batch(["my scan came back"]), shared="all")
+    other = replace(shared, gradient={name: tensor.to(dtype) for name, tensor in shared.gradient.items()})
+    assert len(lmleak.run_attack("film", adapter, other).texts) == 1

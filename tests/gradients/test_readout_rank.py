@@ -59,6 +59,14 @@ def test_weak_directions_just_above_rounding(rank):
     torch.testing.assert_close(found.sigma, sigma[:rank], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
+def test_few_tokens_in_float64_have_their_rank(tokens):
+    """A whole decomposition's own rounding lies at one to three float64 epsilons, and may hide the end."""
+    generator = torch.Generator().manual_seed(tokens)
+    left, right = (torch.randn(n, tokens, generator=generator, dtype=torch.float64) for n in (384, 128))
+    assert row_spectrum(left @ right.T, torch.finfo(torch.float64).eps).rank == tokens
+
+
 def test_no_end_above_rounding_is_full_rank():
     rows = gradient(50, weakest=1e-2, noise=1e-4)
     found = row_spectrum(rows, EPS)
