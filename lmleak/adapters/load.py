@@ -27,6 +27,7 @@ from lmleak.adapters.image_load import (
     load_image_model,
     normalization_of,
 )
+from lmleak.adapters.image_models import ARCHITECTURES
 from lmleak.adapters.targets import TEXT_TASKS
 from lmleak.adapters.text import TextAdapter
 from lmleak.adapters.vision import VisionAdapter
@@ -192,7 +193,8 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
         kind = "directory" if os.path.isdir(source) else "hub id (is the hub reachable?)"
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"cannot load model {name!r} as a {kind}: {first_line}. {suggest(name, REFERENCE_MODELS)}, "
+            f"cannot load model {name!r} as a {kind}: {first_line}. "
+            f"{suggest(name, [*REFERENCE_MODELS, *ARCHITECTURES])}, "
             "a local directory, a shape file (.yaml) or a hub id"
         ) from error
     return model, task, tokenizer or (source if task in TEXT_TASKS else None)

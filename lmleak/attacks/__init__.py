@@ -65,6 +65,12 @@ def make_attack(name: str, *, task: str = "causal-lm", **options) -> Attack:
     """
     if "(" in name:
         raise ConfigError(f"options are keywords here: run_attack({name.partition('(')[0]!r}, ..., option=value)")
+    others = IMAGE_ATTACKS if registry(task) is ATTACKS else ATTACKS
+    if name in others and name not in registry(task):
+        raise ConfigError(
+            f"attack {name!r} is for {'images' if others is IMAGE_ATTACKS else 'text'}, and this model's task is "
+            f"{task!r}; write one of {', '.join(registry(task))}"
+        )
     attack_class = lookup("attack", name, registry(task))
     valid = [f.name for f in fields(attack_class)]
     for option in options:

@@ -52,5 +52,8 @@ def load_text_model(config: ModelConfig, *, task: str | None = None) -> TextAdap
         config.model, task=config.task or task, tokenizer=config.tokenizer, device=device, seed=config.weights_seed
     )
     if not isinstance(adapter, TextAdapter):
-        raise UnsupportedModelError(f"lmleak recovers text; {config.model!r} is of task {adapter.task!r}")
+        raise UnsupportedModelError(
+            f"this command recovers text, and {config.model!r} is of task {adapter.task!r}; images are attacked by "
+            "lmleak.run_attack and by the recipes"
+        )
     return adapter

@@ -100,8 +100,15 @@ def score_images(
         The scores.
 
     Raises:
-        DataError: If the recovered images have another shape than the private ones.
+        DataError: If there are no images in what was recovered or in the batch, or of another shape.
     """
+    if not isinstance(recovered, ImageReconstruction) or "pixel_values" not in batch.inputs:
+        raise DataError(
+            f"score_images compares an ImageReconstruction with a batch of images, got a "
+            f"{type(recovered).__name__} and a batch of {', '.join(batch.inputs)}; texts are scored by score_text"
+        )
+    if not isinstance(adapter, VisionAdapter):
+        raise DataError(f"score_images needs the image classifier's adapter, got a {type(adapter).__name__}")
     images, truth = (x.detach().to("cpu", torch.float64) for x in (recovered.images, adapter.input(batch)))
     if images.shape != truth.shape:
         raise DataError(

@@ -122,8 +122,14 @@ def score_text(
         The scores.
 
     Raises:
-        DataError: If the batch holds no reference or the parts of either side differ in number.
+        DataError: If there are no texts to compare, the batch holds no reference, or the parts of either side differ
+            in number.
     """
+    if not isinstance(reconstruction, Reconstruction) or not isinstance(batch, TextBatch):
+        raise DataError(
+            f"score_text compares a Reconstruction with a batch of texts, got a {type(reconstruction).__name__} and a "
+            f"{type(batch).__name__}; images are scored by score_images"
+        )
     if len(batch.texts) != batch.size:
         raise DataError(
             f"the batch has {batch.size} example(s) but {len(batch.texts)} reference text(s) to score "

@@ -173,7 +173,7 @@ def test_unknown_option_and_name_are_refused_with_a_suggestion(name):
     with pytest.raises(ConfigError, match=rf"Did you mean '{option}'"):
         make_attack(name, **{option[:-1] + "_": 1})
     with pytest.raises(ConfigError, match="Did you mean"):
-        lmleak.run_attack(name + "x", None, None)
+        make_attack(name + "x")
     assert parse_attack(name) == ATTACKS[name]()
 
 

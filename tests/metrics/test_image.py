@@ -211,3 +211,17 @@ def test_wrong_shapes_are_refused(case):
             lmleak.score_images(answer(images), batch, adapter)
     with pytest.raises(DataError, match="one label per image"):
         lmleak.score_images(answer(truth, torch.tensor([1])), batch, adapter)
+
+
+def test_what_holds_no_images_is_refused():
+    text_adapter = lmleak.load_adapter("reference-gpt2")
+    text = text_adapter.batch(["my scan came back"])
+    recovered = lmleak.run_attack("span", text_adapter, lmleak.capture_gradient(text_adapter, text))
+    adapter = adapt(LeNet(size=8))
+    images = adapter.batch(torch.zeros(1, 1, 8, 8), [0])
+    found = lmleak.run_attack("gs", adapter, lmleak.capture_gradient(adapter, images), iterations=1)
+    for arguments in ((recovered, text, text_adapter), (found, text, adapter), (found, images, text_adapter)):
+        with pytest.raises(DataError, match="score_images"):
+            lmleak.score_images(*arguments)
+    with pytest.raises(DataError, match="score_text"):
+        lmleak.score_text(found, text)
