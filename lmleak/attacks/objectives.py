@@ -52,9 +52,9 @@ class SquaresPlusAbsolutes(torch.autograd.Function):
     """``sum d^2 + ratio sum |d|`` with d = guess - target, a scalar.
 
     Next to a short text's gradient, elementwise passes over the parameters cost as much as the model, and new memory
-    for them as much as the sums. So d is formed piece by piece, of a size that fits the cache, and the one tensor of
-    the parameters' size that is made is the derivative. (Overwriting the guess would spare that too, but gradients of
-    two parameters may share memory.)
+    for them as much as the sums. So d is formed piece by piece, of a size that fits the cache, and what is made of
+    the parameters' size is the derivative alone. (Overwriting the guess would spare that too, but gradients of two
+    parameters may share memory.)
     """
 
     generate_vmap_rule = True
@@ -80,14 +80,11 @@ class SquaresPlusAbsolutes(torch.autograd.Function):
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return ``2 d + ratio sign(d)``, times the incoming slope."""
         guess, target = ctx.saved_tensors
-        flat = guess.reshape(-1)
-        derivative = torch.empty_like(flat)
-        for d, g, t in zip(*map(_pieces, (derivative, flat, target.reshape(-1))), strict=True):
-            d.copy_(g).sub_(t)
-            if ctx.ratio:
-                d.add_(d.sign(), alpha=ctx.ratio / 2)
-            d.mul_(2 * slope)
-        return derivative.view(guess.shape), None, None
+        pieces = []
+        for g, t in zip(_pieces(guess.reshape(-1)), _pieces(target.reshape(-1)), strict=True):
+            d = g - t
+            pieces.append((d.add_(d.sign(), alpha=ctx.ratio / 2) if ctx.ratio else d).mul_(2 * slope))
+        return torch.cat(pieces).view(guess.shape), None, None
 
 
 def _pieces(flat: Tensor) -> list[Tensor]:

@@ -93,6 +93,8 @@ def row_spectrum(rows: Tensor, eps: float) -> RowSpectrum:
     for count in RANGES:
         if 4 * count > min(rows.shape):
             break
+        if 16 * count < min(rows.shape):
+            continue  # the next one is cheap enough beside the whole decomposition
         sketch = rows @ _random(rows, count)
         seen = torch.linalg.svdvals(torch.linalg.qr(sketch, mode="r").R)
         if seen[-1] > NOISE_LEVEL * eps * seen[0]:

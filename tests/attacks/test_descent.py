@@ -140,3 +140,13 @@ def test_cosine_sees_through_the_size_that_clipping_hides():
     whole, small = (GS(iterations=20, candidates=4).run(adapter, s) for s in (shared, clipped))
     assert whole.token_ids == small.token_ids
     assert whole.objective == pytest.approx(small.objective, rel=1e-6)
+
+
+def test_restarts_of_a_model_of_real_size_run_side_by_side():
+    """Its gradients are longer than a piece of the objective, and taken together."""
+    adapter = lmleak.load_adapter("reference-gpt2")
+    shared = lmleak.capture_gradient(adapter, adapter.batch(["my scan came back"]))
+    for name in ("dlg", "tag"):
+        together = lmleak.run_attack(name, adapter, shared, iterations=3, restarts=3, candidates=4)
+        assert together.cost.iterations == 9
+        assert 0 < together.objective < float("inf")
