@@ -9,11 +9,11 @@ among 2 costs 2.6 (1.5 alone), a step 4.4 (3.4 alone).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -42,26 +42,30 @@ SPARSIFIERS = ("prune", "topk")  # defenses after which a zero says only that a 
 BETAS = (0.9, 0.95)  # a short memory of squares: the landscape changes while the guess moves
 
 
-@dataclass
-class Descent:
-    """One restart and its best iterate."""
+class StopRule(Protocol):
+    """The options of an attack that say when a descent stops."""
 
-    guess: Unknowns
-    objective: float = math.inf
+    iterations: int
+    patience: int
+    loss_tolerance: float
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far one restart is, and why it stopped."""
+
     iterations: int = 0
     stopped: str = ""
     reference: float = math.inf
     """Objective at the last relative improvement."""
     last_improved: int = 0
 
-    def see(self, value: float, iterate: Unknowns, options: "GradientMatching") -> None:
-        """Take in the objective of the next iterate, and decide whether to stop."""
+    def advance(self, value: float, options: StopRule) -> bool:
+        """Count an iterate of the given objective, decide whether to stop, and return whether it is finite."""
         iteration, self.iterations = self.iterations, self.iterations + 1
         if not math.isfinite(value):
             self.stopped = f"objective became {value} at iteration {iteration}"
-            return
-        if value < self.objective:
-            self.guess, self.objective = iterate.detached(), value
+            return False
         if value <= options.loss_tolerance:
             self.stopped = "objective below tolerance"
         elif value < self.reference * (1 - IMPROVEMENT):
@@ -70,6 +74,20 @@ class Descent:
             self.stopped = f"no improvement for {options.patience} iterations"
         if not self.stopped and self.iterations == options.iterations:
             self.stopped = "iteration limit"
+        return True
+
+
+@dataclass
+class Descent(Progress):
+    """One restart and its best iterate."""
+
+    guess: Unknowns
+    objective: float = math.inf
+
+    def see(self, value: float, iterate: Unknowns, options: StopRule) -> None:
+        """Take in the objective of the next iterate, and decide whether to stop."""
+        if self.advance(value, options) and value < self.objective:
+            self.guess, self.objective = iterate.detached(), value
 
 
 class Matching:
@@ -87,7 +105,9 @@ class Matching:
         self.names = matched_names(self.adapter, observation)
         reference = text.table
         self.observed = {n: observation.gradient[n].to(reference.device, reference.dtype) for n in self.names}
-        self.objective = options.make_objective(self.observed, self._kept(observation.defenses))
+        self.objective = options.make_objective(
+            self.observed, kept_coordinates(self.observed, observation.defenses, options.mask_zeros)
+        )
         self.aggregation = observation.aggregation
         self.parameters = {n: p for n, p in self.adapter.parameters().items() if n in self.observed}
         numbers = sum(p.numel() for p in self.parameters.values())
@@ -112,17 +132,6 @@ class Matching:
             text.mask_shapes = tuple(shape for shape, _ in dropouts)
             self.largest_masks = [1 / (1 - probability) for _, probability in dropouts]
 
-    def _kept(self, defenses: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return where the observed gradient says something, if it was sparsified.
-
-        Zeros are no sign of it: a dead ReLU unit has a gradient of zeros, and those tell something about x.
-        """
-        sparsified = any(defense.startswith(SPARSIFIERS) for defense in defenses)
-        if not (sparsified if self.options.mask_zeros == "auto" else self.options.mask_zeros):
-            return {}
-        kept = {n: g != 0 for n, g in self.observed.items()}
-        return {n: k for n, k in kept.items() if not k.all()}
-
     def _infer_labels(self, seed: int) -> None:
         found = infer_labels(self.text, seed)
         self.text.labels = found.labels
@@ -134,13 +143,7 @@ class Matching:
 
     def notes(self, objective: float) -> tuple[str, ...]:
         """Return what the user should know about a result."""
-        if objective < UNMATCHED:
-            return tuple(self.facts)
-        return (
-            *self.facts,
-            f"the gradient was not matched (objective {objective:.2g}, zero gradient 1): either it is noisy, or "
-            "the descent is stuck and more iterations or restarts may recover more",
-        )
+        return (*self.facts, *unmatched_note(objective))
 
     # The objective, of one guess or of many --------------------------------------------------------------
 
@@ -284,3 +287,35 @@ def matched_names(adapter: "ModelAdapter", released: SharedGradient | Observatio
     """Return the released parameters whose gradient is a function of x: all but a word table read by token ids."""
     by_ids = adapter.lookup_table() if adapter.select(released.shared).through_lookup else None
     return tuple(name for name in released.gradient if name != by_ids)
+
+
+def kept_coordinates(
+    observed: Mapping[str, Tensor], defenses: tuple[str, ...], mask_zeros: bool | str
+) -> dict[str, Tensor]:
+    """Return where a gradient says something, if it was sparsified.
+
+    Zeros are no sign of it: a dead ReLU unit has a gradient of zeros, and those tell something about x.
+
+    Args:
+        observed: The released gradient.
+        defenses: What was applied to it.
+        mask_zeros: The option of :class:`ImageAttack`.
+
+    Returns:
+        Per name, True where the gradient is not zero; names without zeros are absent, and all where nothing is masked.
+    """
+    sparsified = any(defense.startswith(SPARSIFIERS) for defense in defenses)
+    if not (sparsified if mask_zeros == "auto" else mask_zeros):
+        return {}
+    kept = {name: g != 0 for name, g in observed.items()}
+    return {name: k for name, k in kept.items() if not k.all()}
+
+
+def unmatched_note(objective: float) -> tuple[str, ...]:
+    """Return what to say of a final objective: nothing where the gradient was matched."""
+    if objective < UNMATCHED:
+        return ()
+    return (
+        f"the gradient was not matched (objective {objective:.2g}, zero gradient 1): either it is noisy, or the "
+        "descent is stuck and more iterations or restarts may recover more",
+    )

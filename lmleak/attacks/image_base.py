@@ -4,16 +4,17 @@ The unknown x, (B, C, H, W), is the batch as the model reads it (normalised), al
 mean over the batch, so the order of the recovered images is arbitrary.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions, Attack
-from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, SPARSIFIERS
+from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, kept_coordinates, unmatched_note
 from lmleak.attacks.image_labels import class_labels
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.aggregate import update_of
@@ -26,6 +27,16 @@ LABELS = {"given": True, "inferred": False}  # whether the server must be told
 
 Distance = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """What is minimised: of the gradient g(x) by name, and of x (B, C, H, W); a scalar."""
+
+
+class Attempted(Protocol):
+    """Where one restart of an attack ended."""
+
+    images: Tensor
+    """(B, C, H, W), the best iterate."""
+    objective: float
+    iterations: int
+    stopped: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +224,22 @@ class ImageProblem:
         slopes, values = torch.func.vmap(torch.func.grad_and_value(of))(guesses)
         return values, slopes
 
+    def best_of(self, attack: str, attempts: Sequence[Attempted]) -> ImageReconstruction:
+        """Return the result of an attack: its attempt of least objective.
+
+        Args:
+            attack: Its name.
+            attempts: Where every restart ended.
+
+        Returns:
+            The reconstruction, on the CPU.
+        """
+        best = min(attempts, key=lambda attempt: attempt.objective)
+        return self.reconstruction(
+            attack, best.images, iterations=sum(attempt.iterations for attempt in attempts), stopped=best.stopped,
+            objective=best.objective if math.isfinite(best.objective) else None, notes=unmatched_note(best.objective),
+        )  # fmt: skip
+
     def reconstruction(
         self,
         attack: str,
@@ -241,25 +268,3 @@ class ImageProblem:
             cost=AttackCost(0.0, self.evaluations, iterations), stopped=stopped, objective=objective,
             notes=(*self.facts, *notes),
         )  # fmt: skip
-
-
-def kept_coordinates(
-    observed: Mapping[str, Tensor], defenses: tuple[str, ...], mask_zeros: bool | str
-) -> dict[str, Tensor]:
-    """Return where a gradient says something, if it was sparsified.
-
-    Zeros are no sign of it: a dead ReLU unit has a gradient of zeros, and those tell something about x.
-
-    Args:
-        observed: The released gradient.
-        defenses: What was applied to it.
-        mask_zeros: The option of :class:`ImageAttack`.
-
-    Returns:
-        Per name, True where the gradient is not zero; names without zeros are absent, and all where nothing is masked.
-    """
-    sparsified = any(defense.startswith(SPARSIFIERS) for defense in defenses)
-    if not (sparsified if mask_zeros == "auto" else mask_zeros):
-        return {}
-    kept = {name: g != 0 for name, g in observed.items()}
-    return {name: k for name, k in kept.items() if not k.all()}

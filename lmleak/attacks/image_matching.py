@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.vision import VisionAdapter
-from lmleak.attacks.descent import IMPROVEMENT, UNMATCHED
+from lmleak.attacks.descent import Progress
 from lmleak.attacks.image_base import ImageAttack, ImageProblem
 from lmleak.attacks.objectives import Cosine, Objective, SquaredL2
 from lmleak.errors import ConfigError
@@ -34,34 +34,17 @@ MILESTONES = (3 / 8, 5 / 8, 7 / 8)  # parts of the iterations after which GS tak
 
 
 @dataclass
-class Attempt:
+class Attempt(Progress):
     """One restart and its best iterate."""
 
     images: Tensor
     """(B, C, H, W)."""
     objective: float = math.inf
-    iterations: int = 0
-    stopped: str = ""
-    reference: float = math.inf
-    """Objective at the last relative improvement."""
-    last_improved: int = 0
 
     def see(self, value: float, images: Tensor, options: "ImageMatching") -> None:
         """Take in the objective of the next iterate, and decide whether to stop."""
-        iteration, self.iterations = self.iterations, self.iterations + 1
-        if not math.isfinite(value):
-            self.stopped = f"objective became {value} at iteration {iteration}"
-            return
-        if value <= self.objective:
+        if self.advance(value, options) and value <= self.objective:
             self.images, self.objective = images.detach().clone(), value
-        if value <= options.loss_tolerance:
-            self.stopped = "objective below tolerance"
-        elif value < self.reference * (1 - IMPROVEMENT):
-            self.reference, self.last_improved = value, iteration
-        elif iteration - self.last_improved >= options.patience:
-            self.stopped = f"no improvement for {options.patience} iterations"
-        if not self.stopped and self.iterations == options.iterations:
-            self.stopped = "iteration limit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +103,7 @@ class ImageMatching(ImageAttack):
         attempts = self._starts(problem, seed)
         for first in range(0, len(attempts), problem.together):
             self.descend(problem, distance, attempts[first : first + problem.together])
-        best = min(attempts, key=lambda attempt: attempt.objective)
-        notes = ()
-        if best.objective >= UNMATCHED:
-            notes = (
-                f"the gradient was not matched (objective {best.objective:.2g}, zero gradient 1): either it is noisy, "
-                "or the descent is stuck and more iterations or restarts may recover more",
-            )
-        return problem.reconstruction(
-            self.name, best.images, iterations=sum(attempt.iterations for attempt in attempts), stopped=best.stopped,
-            objective=best.objective if math.isfinite(best.objective) else None, notes=notes,
-        )  # fmt: skip
+        return problem.best_of(self.name, attempts)
 
     def _starts(self, problem: ImageProblem, seed: int) -> list[Attempt]:
         """Return one attempt per restart; the first is the same however many follow."""

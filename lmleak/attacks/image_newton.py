@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions
-from lmleak.attacks.descent import UNMATCHED
 from lmleak.attacks.image_base import ImageAttack, ImageProblem
 from lmleak.attacks.image_newton_steps import SOLVERS, compared, levenberg_marquardt
 from lmleak.attacks.objectives import Cosine, Objective, SquaredL2
@@ -98,17 +97,7 @@ class SecondOrder(ImageAttack):
             attempts.append(self.descend(problem, start))
             if attempts[-1].objective <= self.loss_tolerance:
                 break
-        best = min(attempts, key=lambda attempt: attempt.objective)
-        notes = ()
-        if best.objective >= UNMATCHED:
-            notes = (
-                f"the gradient was not matched (objective {best.objective:.2g}, zero gradient 1): either it is noisy, "
-                "or the descent is stuck and more iterations or restarts may recover more",
-            )
-        return problem.reconstruction(
-            self.name, best.images, iterations=sum(attempt.iterations for attempt in attempts), stopped=best.stopped,
-            objective=best.objective if math.isfinite(best.objective) else None, notes=notes,
-        )  # fmt: skip
+        return problem.best_of(self.name, attempts)
 
 
 @dataclass(frozen=True, kw_only=True)
