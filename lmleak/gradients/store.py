@@ -8,7 +8,7 @@ The folder holds private attributes: it is the data owner's, and no attack reads
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -212,28 +212,51 @@ class GradientStore:
         self._shards = _shards(self.path)
         if not self._shards:
             raise DataError(f"{self.path} holds no shard yet; the writer must fill one, or be closed")
-        self.num_examples = sum(_check_shards(self.path, self._shards, self.settings["shard_size"]))
+        self._counts = _check_shards(self.path, self._shards, self.settings["shard_size"])
+        self.num_examples = sum(self._counts)
 
     def __len__(self) -> int:
         return self.num_examples
 
-    def features(self, layer: str) -> Tensor:
-        """Return the features (n, k) of one layer, float32, in the order in which examples were added."""
+    def features(self, layer: str, rows: Sequence[int] | None = None) -> Tensor:
+        """Return the features (n, k) of one layer, float32, in the order in which examples were added.
+
+        Args:
+            layer: The layer.
+            rows: Ascending numbers of examples; None for all. Shard by shard, so that no more than these are held.
+
+        Returns:
+            The features.
+        """
         lookup("layer", layer, dict.fromkeys(self.layers))
-        return self._read(f"features/{layer}")
+        return self._read(f"features/{layer}", rows)
+
+    def attribute(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
+        """Return one attribute (n, ...), likewise."""
+        lookup("attribute", name, dict.fromkeys(self._attribute_names))
+        return self._read(f"attributes/{name}", rows)
 
     @cached_property
     def attributes(self) -> dict[str, Tensor]:
         """Every attribute by name, (n, ...)."""
+        return {name: self._read(f"attributes/{name}") for name in self._attribute_names}
+
+    @cached_property
+    def _attribute_names(self) -> list[str]:
         with safe_open(self._shards[0], framework="pt") as shard:
             names = [name.removeprefix("attributes/") for name in shard.keys() if name.startswith("attributes/")]  # noqa: SIM118
-        return {name: self._read(f"attributes/{name}") for name in sorted(names)}
+        return sorted(names)
 
-    def _read(self, name: str) -> Tensor:
-        parts = []
-        for path in self._shards:
+    def _read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
+        wanted = None if rows is None else torch.as_tensor(rows)
+        parts, start = [], 0
+        for path, count in zip(self._shards, self._counts, strict=True):
+            inside = slice(None) if wanted is None else wanted[(wanted >= start) & (wanted < start + count)] - start
+            start += count
+            if wanted is not None and not len(inside):
+                continue
             with safe_open(path, framework="pt") as shard:
-                parts.append(shard.get_tensor(name))
+                parts.append(shard.get_tensor(name)[inside])
         return torch.cat(parts)
 
 

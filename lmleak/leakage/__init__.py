@@ -12,6 +12,7 @@ from lmleak.leakage.conditional import (
 )
 from lmleak.leakage.discrepancy import KernelDiscrepancy, MeanDifference, kernel_discrepancy, mean_difference
 from lmleak.leakage.extremes import SpectralNorm, largest_entries, spectral_norms
+from lmleak.leakage.independence import independence_test
 from lmleak.leakage.permutation import PermutationTest, permutation_p_value
 from lmleak.leakage.pointwise import PointwiseSummary, pointwise_by_class
 from lmleak.leakage.sensitivity import LayerSensitivity, Sensitivity, input_sensitivity
@@ -24,7 +25,6 @@ from lmleak.leakage.subspace import (
 )
 from lmleak.leakage.vinformation import (
     VInformation,
-    independence_test,
     learning_curve,
     v_information,
     v_information_by_layer,

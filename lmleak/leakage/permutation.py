@@ -70,6 +70,23 @@ def permutation_p_value(
     for i in range(permutations):
         order = torch.randperm(size, generator=generator)
         null[i] = statistic(labels[order.to(labels.device) if isinstance(labels, Tensor) else order.numpy()])
+    return tested_against(observed, null)
+
+
+def tested_against(observed: float, null: np.ndarray) -> PermutationTest:
+    """Return where a statistic stands among those of shuffled labels.
+
+    Args:
+        observed: The statistic with the true labels.
+        null: The statistics with shuffled labels, two or more.
+
+    Returns:
+        The test.
+
+    Raises:
+        DataError: If a statistic is not finite.
+    """
+    permutations = len(null)
     if not (math.isfinite(observed) and np.isfinite(null).all()):
         raise DataError(
             f"the statistic is not finite: {observed} with the true labels, {int((~np.isfinite(null)).sum())} of "

@@ -17,7 +17,6 @@ from sklearn.metrics import roc_auc_score
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.cross_fitting import Chosen, Folds, Target, feature_matrix, make_target
-from lmleak.leakage.permutation import PermutationTest, permutation_p_value
 
 
 @dataclass(frozen=True)
@@ -200,57 +199,6 @@ def _bootstrap_weights(count: int, groups: Sequence[Hashable] | None, resamples:
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
     weights = drawn[:, units].astype(np.float64)
     return weights / weights.sum(1, keepdims=True)
-
-
-def independence_test(
-    features: ArrayLike,
-    targets: ArrayLike,
-    *,
-    groups: Sequence[Hashable] | None = None,
-    permutations: int = 99,
-    folds: int = 3,
-    seed: int = 0,
-) -> PermutationTest:
-    """Test independence by fitting the linear family anew on shuffled targets.
-
-    The statistic leaves out the constant fallback and the calibration: with them it would be exactly 0 on most
-    shuffled targets, and the p-value no longer uniform. It may be far below 0, which is no information either.
-    Cost: permutations + 1 cross-fits of the linear family.
-
-    Args:
-        features: X (n, p).
-        targets: Y, as in :func:`v_information`.
-        groups: (n,) if samples of one group resemble each other; targets must then be equal within each group, and
-            are shuffled among groups.
-        permutations: Shuffles, at least 2; the smallest possible p-value is 1 / (permutations + 1).
-        folds: K of the cross-fitting.
-        seed: Seed of folds and shuffles.
-
-    Returns:
-        The statistic in nats with its null distribution and p-value.
-
-    Raises:
-        DataError: If targets differ within a group.
-    """
-    values = np.asarray(targets)
-    matrix = feature_matrix(features, len(values))
-    _, first, of_sample = np.unique(
-        np.arange(len(values)) if groups is None else np.asarray(groups), return_index=True, return_inverse=True
-    )
-    of_group = values[first]
-    if not np.array_equal(of_group[of_sample], values):
-        raise DataError("targets differ within a group, so shuffling them among groups is no null; drop groups=")
-
-    def statistic(of_group: NDArray) -> float:
-        target = make_target(of_group[of_sample])
-        division = Folds(target, folds, seed, groups)
-        fitted = division.choose(division.candidates(matrix, "linear", calibrate=False))
-        constant = division.choose(division.constant_candidates())
-        if target.kind == "latent":
-            return float((constant.loss - fitted.loss).mean())
-        return float(target.values.shape[1] / 2 * np.log(constant.loss.mean() / fitted.loss.mean()))
-
-    return permutation_p_value(statistic, of_group, permutations, seed)
 
 
 def learning_curve(

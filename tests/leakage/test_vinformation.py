@@ -7,7 +7,8 @@ from scipy.stats import kstest, norm
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.families import FAMILIES, calibrate_probabilities, calibrate_values
-from lmleak.leakage.vinformation import independence_test, learning_curve, v_information, v_information_by_layer
+from lmleak.leakage.independence import independence_test
+from lmleak.leakage.vinformation import learning_curve, v_information, v_information_by_layer
 
 
 def linear_gaussian(n, p=6, dx=4, noise=0.5, seed=0):
