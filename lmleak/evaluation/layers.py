@@ -286,9 +286,9 @@ class LayerAnalysis:
         features, target = self.features(layers, rows), self.target(measure, rows)
         options = {"folds": s.folds, "groups": self.groups_of(rows), "seed": s.seed}
         found = v_information(features, target, family=measure.family, **options)
-        numbers = {
-            name: value for name, value in asdict(found).items() if name not in ("pointwise", "target", "family")
-        }
+        numbers = asdict(replace(found, pointwise=np.empty(0)))
+        for name in ("pointwise", "target", "family"):  # the first is one number per gradient, the others the row's
+            del numbers[name]
         numbers |= {"bits": found.bits, "fraction": found.fraction, "r_squared": found.r_squared,
                     "nats_per_coordinate": found.nats_per_coordinate}  # fmt: skip
         if measure.group == "latent":

@@ -1,0 +1,131 @@
+"""What each metric says about the order of layers: which to hide first, and how far the metrics agree."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from lmleak.evaluation.layers import ALL, Row
+from lmleak.metrics.agreement import rank_correlation
+
+
+@dataclass(frozen=True)
+class LayerMetric:
+    """One number per layer by which layers can be ordered."""
+
+    title: str
+    """For people."""
+    unit: str
+    """Of the number; empty if it has none."""
+    group: str
+    """Which rows hold it."""
+    column: str
+    """Under which name."""
+    about: str
+    """"original" (the input) or "latent" (an attribute)."""
+    rising: bool = True
+    """Whether a larger number means that the layer leaks more."""
+    interval: bool = False
+    """Whether the rows hold <column>_low and <column>_high, or low and high where ``group`` is an information."""
+
+
+METRICS: dict[str, LayerMetric] = {
+    "sensitivity": LayerMetric("sensitivity", "gradient / input", "sensitivity", "frobenius", "original", interval=True),
+    "sensitivity-per-element": LayerMetric(
+        "sensitivity per element", "gradient / input", "sensitivity", "per_element", "original", interval=True
+    ),
+    "sensitivity-relative": LayerMetric(
+        "relative sensitivity", "", "sensitivity", "relative", "original", interval=True
+    ),
+    "only": LayerMetric(
+        "MAP error, this layer alone", "input, rms", "influence", "only_error_rms", "original", rising=False,
+        interval=True,
+    ),
+    "without": LayerMetric(
+        "MAP error, all layers but this", "input, rms", "influence", "without_error_rms", "original", interval=True
+    ),
+    "original": LayerMetric("information about the input", "nats", "original", "nats", "original", interval=True),
+    "subspace": LayerMetric("subspace distance", "z", "subspace", "z", "latent"),
+    "mean-difference": LayerMetric("mean difference", "pseudo-F", "mean-difference", "ratio", "latent"),
+    "discrepancy": LayerMetric("MMD²", "", "discrepancy", "squared", "latent"),
+    "latent": LayerMetric("information about the attribute", "nats", "latent", "nats", "latent", interval=True),
+}  # fmt: skip
+"""Every metric by which layers are ordered. A shares-of-trace column would order them as "sensitivity" does."""
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One metric of one target, for every layer."""
+
+    name: str
+    """Metric, and behind a colon its target where there is one: "latent:topic"."""
+    metric: LayerMetric
+    target: str | None
+    family: str | None
+    """Of an information: the largest family measured."""
+    values: Mapping[str, float]
+    """Layer, in forward order -> number."""
+
+    def leak(self) -> list[float]:
+        """Return the numbers, turned so that larger means more leakage."""
+        return [value if self.metric.rising else -value for value in self.values.values()]
+
+    def order(self) -> tuple[str, ...]:
+        """Return the layers, the one that leaks most first; of equal ones that nearer to the input."""
+        ranked = sorted(zip(self.leak(), self.values, strict=True), key=lambda pair: -pair[0])
+        return tuple(layer for _, layer in ranked)
+
+
+def layer_scores(rows: Sequence[Row]) -> list[LayerScores]:
+    """Return every metric that the rows hold for all layers.
+
+    A metric that does not exist for a layer (a z-score whose null does not vary) orders nothing and is left out. Where
+    several families were measured the largest counts.
+
+    Args:
+        rows: Of :func:`lmleak.evaluation.layers.layer_table`.
+
+    Returns:
+        The metrics, in the order of ``METRICS``.
+    """
+    layers = [row["layer"] for row in sorted(rows, key=lambda r: r["place"]) if row["layer"] != ALL]
+    layers, found = list(dict.fromkeys(layers)), []
+    for name, metric in METRICS.items():
+        of_group = [row for row in rows if row["group"] == metric.group and row["layer"] != ALL]
+        for target in dict.fromkeys(row["target"] for row in of_group):
+            families = [row["family"] for row in of_group if row["target"] == target]
+            values = {
+                row["layer"]: row[metric.column]
+                for row in of_group
+                if row["target"] == target and row["family"] == families[-1]
+            }
+            if all(values.get(layer) is not None for layer in layers):
+                full = name if target is None else f"{name}:{target}"
+                ordered = {layer: values[layer] for layer in layers}
+                found.append(LayerScores(full, metric, target, families[-1], ordered))
+    return found
+
+
+def rank_agreement(scores: Sequence[LayerScores], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Return Spearman's rank correlation over layers of every pair of metrics, larger meaning more leakage in both.
+
+    The 95 % percentile bootstrap interval is over layers: it asks what another network's layers might say. Over the
+    handful of layers of a small network it is wide, and of fewer than three it does not exist.
+
+    Args:
+        scores: The metrics.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One entry per pair: ``first``, ``second``, ``value``, ``low``, ``high``, ``layers`` and, where something is
+        None, the ``note`` why.
+    """
+    found = []
+    for a, b in combinations(scores, 2):
+        entry = {"first": a.name, "second": b.name, "layers": len(a.values)}
+        if len(a.values) < 3:
+            found.append(entry | {"value": None, "low": None, "high": None, "note": "fewer than three layers"})
+            continue
+        c = rank_correlation(a.leak(), b.leak(), seed=seed)
+        found.append(entry | {"value": c.value, "low": c.low, "high": c.high, "note": c.reason})
+    return found
