@@ -4,7 +4,7 @@ Each of K folds is the test part once; of the rest, three quarters fit the membe
 chooses among them. The chosen member is then fitted anew on all of the rest, with the calibration kept.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -15,11 +15,13 @@ from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.families import (
     CLASSIFIERS,
+    DECODER,
     FAMILIES,
     REGRESSORS,
     Member,
     calibrate_probabilities,
     calibrate_values,
+    image_regressors,
 )
 from lmleak.lookup import lookup
 
@@ -81,15 +83,16 @@ class OriginalTarget:
     """The input itself, predicted as values and judged by the squared error per coordinate.
 
     Args:
-        values: (n, dx), or (n,) for one coordinate.
+        values: (n, dx), (n,) for one coordinate, or images (n, C, H, W), which a decoder of images may then draw.
 
     Raises:
         DataError: If all rows are equal, not finite, or too few.
     """
 
-    members, kind = REGRESSORS, "original"
+    kind = "original"
 
     def __init__(self, values: NDArray):
+        self.members = image_regressors(values.shape[1:]) if values.ndim == 4 else REGRESSORS
         self.values = values.reshape(len(values), -1).astype(np.float64)
         if not np.isfinite(self.values).all():
             raise DataError("the inputs hold NaN or Inf; expected finite numbers")
@@ -123,7 +126,7 @@ Target = LatentTarget | OriginalTarget
 
 
 def make_target(targets: ArrayLike) -> Target:
-    """Return what is to be predicted: (n,) integers, booleans or strings are an attribute; anything else is values."""
+    """Return what is to be predicted: an attribute for (n,) integers, booleans or strings, values for anything else."""
     values = np.asarray(targets)
     return LatentTarget(values) if values.ndim == 1 and values.dtype.kind in "biuUSO" else OriginalTarget(values)
 
@@ -228,11 +231,24 @@ class Folds:
 
         Returns:
             The predictors, without the constant one.
+
+        Raises:
+            ConfigError: If the family draws images and the target is none.
         """
         size = lookup("family", family, FAMILIES)
-        members = [(name, fit) for name, fits in list(self.target.members.items())[:size] for fit in fits]
+        if family == DECODER and DECODER not in self.target.members:
+            raise ConfigError(
+                f"family {DECODER!r} draws images, and these targets have no image shape; pass images as "
+                "(n, C, H, W), or write family='deep-mlp'"
+            )
+        return self.fitted(features, dict(list(self.target.members.items())[:size]), calibrate=calibrate)
+
+    def fitted(
+        self, features: NDArray, members: Mapping[str, tuple[Member, ...]], *, calibrate: bool = True
+    ) -> Candidates:
+        """Fit given members on some features, in every fold; see :meth:`candidates`."""
         return [
-            [self._fit(name, fit, features, fold, calibrate) for name, fit in members]
+            [self._fit(name, fit, features, fold, calibrate) for name, fits in members.items() for fit in fits]
             for fold in range(len(self.parts))
         ]
 

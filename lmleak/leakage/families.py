@@ -1,13 +1,14 @@
 """Predictive families: the nested sets of attack models that define how much information is usable.
 
-constant < linear < forest < mlp < deep-mlp. Every family holds all members of the smaller ones, so that usable
-information grows with the family as far as the selection among its members is right. Members read features
+constant < linear < forest < mlp < deep-mlp < conv-decoder. Every family holds all members of the smaller ones, so
+that usable information grows with the family as far as the selection among its members is right. Members read features
 standardised on the part they are fitted on.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from lmleak.leakage.families_decoder import fit_decoder
 
 Predictor = Callable[[NDArray], NDArray]
 """Features (m, p) -> probabilities (m, K), or values (m, dx)."""
@@ -90,8 +93,22 @@ REGRESSORS: dict[str, tuple[Member, ...]] = {
     "mlp-1x256": (_regressor(_network(MLPRegressor, (256,))),),
     "mlp-3x512": (_regressor(_network(MLPRegressor, (512, 512, 512))),),
 }
-FAMILIES: dict[str, int] = {"constant": 0, "linear": 1, "forest": 2, "mlp": 3, "deep-mlp": 4}
-"""Family -> how many of the members above it holds, in order; the constant predictor is in each."""
+DECODER = "conv-decoder"
+FAMILIES: dict[str, int] = {"constant": 0, "linear": 1, "forest": 2, "mlp": 3, "deep-mlp": 4, DECODER: 5}
+"""Family -> how many of the members above it holds, in order; the constant predictor is in each. The last one holds a
+convolutional decoder too, and is for images only (:func:`image_regressors`)."""
+
+
+def image_regressors(image_shape: tuple[int, int, int]) -> dict[str, tuple[Member, ...]]:
+    """Return the members that reconstruct images: ``REGRESSORS`` and the convolutional decoder.
+
+    Args:
+        image_shape: (C, H, W) of the images, which are handed over flattened.
+
+    Returns:
+        The members in order of size.
+    """
+    return REGRESSORS | {DECODER: (partial(fit_decoder, image_shape=image_shape),)}
 
 
 def calibrate_probabilities(probabilities: NDArray, labels: NDArray, prior: NDArray) -> Callable[[NDArray], NDArray]:
