@@ -12,6 +12,7 @@ from lmleak.leakage.conditional import (
 )
 from lmleak.leakage.discrepancy import KernelDiscrepancy, MeanDifference, kernel_discrepancy, mean_difference
 from lmleak.leakage.extremes import SpectralNorm, largest_entries, spectral_norms
+from lmleak.leakage.families_attack import attack_information
 from lmleak.leakage.independence import independence_test
 from lmleak.leakage.permutation import PermutationTest, permutation_p_value
 from lmleak.leakage.pointwise import PointwiseSummary, pointwise_by_class
@@ -41,6 +42,7 @@ __all__ = [
     "SpectralNorm",
     "SubspaceDistance",
     "VInformation",
+    "attack_information",
     "conditional_information",
     "independence_test",
     "information_chain",

@@ -126,7 +126,7 @@ Target = LatentTarget | OriginalTarget
 
 
 def make_target(targets: ArrayLike) -> Target:
-    """Return what is to be predicted: an attribute for (n,) integers, booleans or strings, values for anything else."""
+    """Return the target: an attribute for (n,) integers, booleans or strings, values for anything else."""
     values = np.asarray(targets)
     return LatentTarget(values) if values.ndim == 1 and values.dtype.kind in "biuUSO" else OriginalTarget(values)
 

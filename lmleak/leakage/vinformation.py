@@ -101,8 +101,10 @@ def v_information(
 
     Args:
         features: X (n, p), one row per released gradient.
-        targets: Y: (n,) integers, booleans or strings for an attribute, (n, dx) values for the input.
-        family: "constant", "linear", "forest", "mlp" or "deep-mlp" (``families.FAMILIES``).
+        targets: Y: (n,) integers, booleans or strings for an attribute, (n, dx) values or (n, C, H, W) images for the
+            input.
+        family: "constant", "linear", "forest", "mlp", "deep-mlp" or, for images, "conv-decoder"
+            (``families.FAMILIES``).
         groups: (n,) the group of each sample (author, image of origin), if samples of one group resemble each other:
             groups are not divided between fitting and testing, and the bootstrap resamples groups.
         folds: K of the cross-fitting.
