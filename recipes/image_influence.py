@@ -36,6 +36,8 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
+from lmleak.influence import EigenDirections
+from lmleak.lookup import lookup
 from lmleak.types import Batch
 
 VARIANCE = "{variance}"  # in the specification of an attack
@@ -56,6 +58,10 @@ class InfluenceConfig(ImageStudyConfig):
     """eps of I_eps, in the unit of A = J J^T."""
     local_iterations: int = 40
     """Most steps of the attackers that start at the truth."""
+    local_curvature: str = "own"
+    """Their steps: by J J^T at each iterate ("own"), or at the truth, for thousands of pixels ("truth")."""
+    largest_matrix: int = 2**28
+    """Most numbers that J may hold as a matrix; beyond, J J^T is formed by products, which take longer."""
     linear_below: float = 0.1
     """The linear regime: I2F / sqrt(dx) below this, in normalised pixels, whose deviation is 1."""
     bound_tolerance: float = 0.05
@@ -69,8 +75,12 @@ class InfluenceConfig(ImageStudyConfig):
         super().__post_init__()
         if not self.models or not self.attacks:
             raise ConfigError("a comparison needs at least one model and one attack")
-        if self.local_iterations < 1:
-            raise ConfigError(f"local_iterations must be at least 1, got {self.local_iterations}")
+        if self.local_iterations < 1 or self.largest_matrix < 1:
+            raise ConfigError(
+                f"local_iterations and largest_matrix must be at least 1, got {self.local_iterations} and "
+                f"{self.largest_matrix}"
+            )
+        lookup("local_curvature", self.local_curvature, {"own": ..., "truth": ...})
         for name in ("noise_variances", "dampings"):
             values = getattr(self, name)
             if not values or not all(0 < value < math.inf for value in values):
@@ -79,14 +89,16 @@ class InfluenceConfig(ImageStudyConfig):
             parse_attack(spec.replace(VARIANCE, "1"), task=TASK)
 
 
-def level_rows(config: InfluenceConfig, study: ImageStudy, sample: int, variance: float) -> list[dict]:
+def level_rows(
+    config: InfluenceConfig, study: ImageStudy, directions: EigenDirections, sample: int, variance: float
+) -> list[dict]:
     """Return one row per attack on one image at one noise level; depends on the settings and the image alone."""
-    directions = linearized(study, study.batch(sample))
     std = math.sqrt(variance)
     weight = variance / study.adapter.prior().std ** 2
 
     def measure(batch: Batch, release: Release) -> dict:
-        steps = {"iterations": config.local_iterations}
+        curvature = directions if config.local_curvature == "truth" else None
+        steps = {"iterations": config.local_iterations, "directions": curvature}
         return predictions(directions, study, batch, release.perturbation, std, config.dampings) | {
             "local_rmse": local_rmse(study, batch, release, prior_weight=0.0, **steps),
             "local_map_rmse": local_rmse(study, batch, release, prior_weight=weight, **steps),
@@ -109,16 +121,23 @@ def main(argv: list[str]) -> None:
     data = study_images(config)
     studies = {name: image_study(config, name, data, state) for name in config.models}
     folder = study_folder(config, studies)
-    # The spectrum is computed again at every level: it takes a second, and a killed run loses one level only.
-    items = [
+    items = [  # by level, so that a killed run loses one level only
         (name, sample, variance)
         for name in config.models
         for sample in range(config.samples)
         for variance in config.noise_variances
     ]
-    rows = run_items(
-        items, lambda _, item: level_rows(config, studies[item[0]], *item[1:]), folder, state, label="attacking"
-    )
+    spectra: dict[tuple[str, int], EigenDirections] = {}  # of the image in work
+
+    def work(_: int, item: tuple[str, int, float]) -> list[dict]:
+        name, sample, variance = item
+        study = studies[name]
+        if (name, sample) not in spectra:
+            spectra.clear()
+            spectra[name, sample] = linearized(study, study.batch(sample), largest=config.largest_matrix)
+        return level_rows(config, study, spectra[name, sample], sample, variance)
+
+    rows = run_items(items, work, folder, state, label="attacking")
     if state.is_main_process:
         tables = write_results(
             rows, folder.path, linear_below=config.linear_below, tolerance=config.bound_tolerance, seed=config.seed

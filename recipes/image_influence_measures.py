@@ -6,8 +6,10 @@ bounds divided by sqrt(dx) (Zhang et al. 2023, arXiv:2309.13016, plot the undivi
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
+from image_study_parts import TruthCurvature
 from torch import Tensor
 
 from lmleak.attacks.image_base import ImageProblem
@@ -18,9 +20,9 @@ from lmleak.influence import EigenDirections, GradientJacobian, eigen_directions
 from lmleak.types import Batch
 
 
-def linearized(study: ImageStudy, batch: Batch) -> EigenDirections:
-    """Return the exact spectrum of A at a batch; dx up to a few thousand."""
-    return eigen_directions(GradientJacobian(study.adapter, batch, shared=study.shared))
+def linearized(study: ImageStudy, batch: Batch, *, largest: int | None = None) -> EigenDirections:
+    """Return the exact spectrum of A at a batch; dx up to a few thousand, J as a matrix up to ``largest`` numbers."""
+    return eigen_directions(GradientJacobian(study.adapter, batch, shared=study.shared), largest=largest)
 
 
 def predictions(
@@ -78,7 +80,15 @@ def predictions(
     }
 
 
-def local_rmse(study: ImageStudy, batch: Batch, release: Release, *, prior_weight: float, iterations: int) -> float:
+def local_rmse(
+    study: ImageStudy,
+    batch: Batch,
+    release: Release,
+    *,
+    prior_weight: float,
+    iterations: int,
+    directions: EigenDirections | None = None,
+) -> float:
     """Return the RMSE of a Levenberg-Marquardt attacker who starts at the truth: what is left if no search fails.
 
     Args:
@@ -87,6 +97,8 @@ def local_rmse(study: ImageStudy, batch: Batch, release: Release, *, prior_weigh
         release: What the server received.
         prior_weight: sigma^2 / tau^2 for the attacker of maximal posterior probability, 0 for the nearest gradient.
         iterations: Most steps.
+        directions: Steps by this spectrum (:class:`TruthCurvature`), for thousands of unknowns; each by its own if
+            None.
 
     Returns:
         The root mean square error per pixel, in normalised pixels.
@@ -94,5 +106,6 @@ def local_rmse(study: ImageStudy, batch: Batch, release: Release, *, prior_weigh
     observation = release.shared.observation(lengths=False, labels=True)
     problem = ImageProblem(study.adapter, observation, observation.labels)
     truth = study.adapter.input(batch)
-    found = levenberg_marquardt(problem, truth, prior_weight=prior_weight, iterations=iterations)
+    solver = "auto" if directions is None else partial(TruthCurvature, directions=directions)
+    found = levenberg_marquardt(problem, truth, prior_weight=prior_weight, iterations=iterations, solver=solver)
     return torch.linalg.vector_norm((found.images - truth).double()).item() / math.sqrt(truth.numel())

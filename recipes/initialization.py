@@ -106,7 +106,9 @@ def image_rows(config: InitializationConfig, study: ImageStudy, item: tuple[str,
         "nullity": directions.nullity,
     }
     true = capture_gradient(adapter, batch, shared=study.shared)
-    attackers = {LOCAL: LocalAttacker(truth=adapter.input(batch), prior_weight=config.noise_variance / prior.std**2)}
+    # The prior bounds the condition of its steps, so that conjugate gradients end where an exact solve does.
+    weight = config.noise_variance / prior.std**2
+    attackers = {LOCAL: LocalAttacker(truth=adapter.input(batch), prior_weight=weight, solver="auto")}
     attackers |= {spec: parse_attack(spec, task=TASK) for spec in config.attacks}
     rows = []
     for draw in range(config.noise_draws):

@@ -6,22 +6,36 @@
 (on one line). Per image: loss, class label read from the gradient; at noise of 1 % of the gradient's root mean square,
 lower bounds of I2F and the first-order error of the attacker of maximal posterior probability (MAP), who saturates at
 a guess; and what attacks recover from the clean gradient. All in root mean square per normalised pixel, whose
-deviation is about 1. A killed run continues where it stopped. One process or several give the same rows.
+deviation is about 1.
+
+Trained weights make A = J J^T so ill-conditioned that Krylov solves do not converge. Of the first images A is
+therefore computed as a matrix: I2F, MAP and bayes errors exact to first order, effective rank, and the share of pixels
+that the noisy gradient determines. On these the data owner searches as well, with steps by that spectrum:
+  local       from the truth, on the noisy gradient
+  near        from the truth plus noise of a tenth of a pixel's deviation, on the noisy gradient
+  near-clean  from there, on the clean gradient
+No attacker can do so. They say what an attacker with a perfect search, or with a good guess, would see.
+
+A killed run continues where it stopped. One process or several give the same rows.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from image_influence_measures import linearized, predictions
+from image_study_parts import LocalAttacker, TruthCurvature
 from image_tables import Entry, in_few_colours, mean, publish, root_mean_square
 
 from lmleak.attacks.image_labels import class_labels
 from lmleak.config import parse_config
 from lmleak.defenses import Release
+from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
-from lmleak.evaluation.image_attack import images_of
+from lmleak.evaluation.image_attack import images_of, scored_image_attack
 from lmleak.evaluation.image_study import (
     ImageStudy,
     ImageStudyConfig,
@@ -31,12 +45,20 @@ from lmleak.evaluation.image_study import (
     study_images,
 )
 from lmleak.files import write_atomically
-from lmleak.influence import GradientJacobian, InfluenceSolver
+from lmleak.influence import EigenDirections, GradientJacobian, InfluenceSolver
+from lmleak.influence.directions import posterior_variances
 from lmleak.report.drawing import encode
 from lmleak.report.image_grid import image_grid
 from lmleak.types import Batch
 
 CLEAN = ["none"]
+SEARCHES = ("local", "near", "near-clean")
+ON_NOISY = ("local", "near")
+EXACT = {
+    "influence_rms": "I2F_rms", "map_rms": "MAP_rms", "bayes_rms": "bayes_rms", "lambda_max": "lambda_max",
+    "lambda_min": "lambda_min", "rank": "rank",
+}  # fmt: skip
+"""What the exact spectrum says, and its columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +73,32 @@ class WeightsConfig(ImageStudyConfig):
     """Noise that risk numbers are given at, in multiples of the gradient's root mean square."""
     products: int = 300
     """Most products with J J^T per risk number."""
+    exact: int = 2
+    """Of how many images, from the first, J J^T is computed as a matrix; images of a few thousand pixels."""
+    largest_matrix: int = 2**30
+    """Most numbers that J may hold as a matrix (8 GiB in float64); beyond, J J^T is formed by products: slower."""
+    pixel_std: float = 0.1
+    """A pixel is determined if its posterior deviation is below this part of the prior's."""
+    near: float = 0.1
+    """Distance from the truth at which "near" starts, root mean square in normalised pixels."""
+    local_iterations: int = 100
+    """Most steps of the attackers that start at the truth or near it."""
     output: str = "runs/real_weights"
     """Folder for rows, table and figure."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("exact", "near"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("noise", "pixel_std", "local_iterations", "largest_matrix", "products"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
-def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, release: Release) -> dict:
-    """Return the loss, what the labels' readout says, and the risk numbers."""
-    adapter, shared = study.adapter, release.shared
+
+def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, clean: Release, noisy: Release) -> dict:
+    """Return the loss, what the labels' readout says of the clean gradient, and risk numbers by Krylov solves."""
+    adapter, shared = study.adapter, clean.shared
     with torch.no_grad():
         loss = adapter.loss(adapter.input(batch), batch.targets, {}).item()
     found = class_labels(adapter, shared.observation(lengths=False, labels=False), seed=study.seed)
@@ -68,26 +109,71 @@ def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, release: Releas
         max_products=config.products, seed=study.seed,
     )  # fmt: skip
     damping = solver.map_damping(noise_std)
-    response = solver.respond({n: noise_std * d for n, d in solver.noise().items()}, [damping])
+    response = solver.respond(noisy.perturbation, [damping])
     influence, predicted = response.influence(damping), response.predicted_error(noise_std)
     return {
         "loss": loss,
         "label_inferred": assigned is not None and sorted(assigned.tolist()) == sorted(batch.targets.tolist()),
-        "lower_bound_rms": influence.lower_bound.rms, "cg_bound_rms": influence.cg_bound.rms,
+        "noise_std": noise_std, "lower_bound_rms": influence.lower_bound.rms, "cg_bound_rms": influence.cg_bound.rms,
         "predicted_rms": predicted.error.rms, "predicted_converged": predicted.converged,
-        "residual": influence.residual, "lambda_max": influence.lambda_max, "damping": damping,
-        "undetermined_share": solver.undetermined_share(damping), "products": solver.operator.products,
+        "residual": influence.residual, "damping": damping, "products": solver.operator.products,
     }  # fmt: skip
+
+
+def exact_risk(
+    config: WeightsConfig, study: ImageStudy, batch: Batch, noisy: Release, directions: EigenDirections, std: float
+) -> dict:
+    """Return what the exact spectrum says of noise of deviation ``std``, per normalised pixel."""
+    prior = study.adapter.prior().std
+    found = predictions(directions, study, batch, noisy.perturbation, std)
+    posterior = directions.vectors.square() @ posterior_variances(directions.values, std**2, prior)  # per pixel
+    determined = posterior.sqrt() < config.pixel_std * prior
+    return {f"exact_{name}": found[name] for name in EXACT} | {
+        "exact_effective_rank": directions.effective_rank(std, prior),
+        "determined_share": determined.double().mean().item(),
+    }
+
+
+def image_rows(config: WeightsConfig, study: ImageStudy, sample: int) -> list[dict]:
+    """Return one row per attack on the clean gradient of one image, and one per search of the data owner."""
+    batch, seed = study.batch(sample), study.sample_seed(sample)
+    clean = study.release(sample, batch=batch)
+    noisy = study.release(sample, f"gaussian(std={config.noise!r}, unit=rms)", batch=batch)
+    measured = risk(config, study, batch, clean, noisy)
+    if sample < config.exact:
+        directions = linearized(study, batch, largest=config.largest_matrix)
+        measured |= exact_risk(config, study, batch, noisy, directions, measured["noise_std"])
+    rows = attack_rows(
+        study, sample, defenses=CLEAN, attacks=config.attacks, keep_images=True, measure=lambda *_: measured
+    )  # fmt: skip
+    if sample >= config.exact:
+        return rows
+    weight = (measured["noise_std"] / study.adapter.prior().std) ** 2
+    searches = {"local": (noisy, 0.0, weight), "near": (noisy, config.near, weight)}
+    searches["near-clean"] = (clean, config.near, 0.0)
+    common = {name: rows[0][name] for name in ("sample", "indices", "labels")} | measured
+    for name, (release, distance, prior_weight) in searches.items():
+        search = LocalAttacker(
+            truth=study.adapter.input(batch), distance=distance, prior_weight=prior_weight,
+            iterations=config.local_iterations, solver=partial(TruthCurvature, directions=directions),
+        )  # fmt: skip
+        scored = scored_image_attack(search, study.adapter, release.shared, batch, seed=seed, keep_images=True)
+        rows.append({"key": f"{sample}|{name}"} | common | {"attack": name} | scored)
+    return rows
 
 
 def summary(rows: Sequence[dict]) -> list[Entry]:
     """Return one line per image and attack, and one of means per attack."""
     lines = [
         {
-            "attack": r["attack"], "image": str(r["indices"][0]), "loss": r["loss"],
+            "attack": r["attack"], "gradient": "noisy" if r["attack"] in ON_NOISY else "clean",
+            "image": str(r["indices"][0]), "loss": r["loss"],
             "label_read": str(r["label_inferred"]), "I_lb_rms": r["lower_bound_rms"],
             "CG_bound_rms": r["cg_bound_rms"], "MAP_rms": r["predicted_rms"],
-            "MAP_converged": str(r["predicted_converged"]), "rmse": r.get("rmse"), "psnr_db": r.get("psnr"),
+            "MAP_converged": str(r["predicted_converged"]),
+            **{f"exact_{label}": r.get(f"exact_{name}") for name, label in EXACT.items()},
+            "effective_rank": r.get("exact_effective_rank"), "determined_share": r.get("determined_share"),
+            "rmse": r.get("rmse"), "psnr_db": r.get("psnr"),
             "ssim": r.get("ssim"), "matching_loss": r.get("matching_loss"), "gradients": r.get("gradient_evaluations"),
             "stopped": r.get("stopped", r.get("refused")),
         }
@@ -98,10 +184,26 @@ def summary(rows: Sequence[dict]) -> list[Entry]:
         numbers = ("loss", "psnr_db", "ssim", "matching_loss", "gradients")
         lines.append(
             dict.fromkeys(own[0], None)
-            | {"attack": attack, "image": "mean", "rmse": root_mean_square(line["rmse"] for line in own)}
+            | {"attack": attack, "gradient": own[0]["gradient"], "image": "mean"}
+            | {"rmse": root_mean_square(line["rmse"] for line in own)}
             | {key: mean(line[key] for line in own) for key in numbers}
         )
     return lines
+
+
+def draw(study: ImageStudy, rows: Sequence[dict], attacks: Sequence[str], samples: int, path: Path) -> None:
+    """Write the grid of what some attackers recovered of the first samples."""
+    true = study.data.pixels[: samples * study.batch_size]
+    recovered = {
+        spec.replace("(", "\n("): torch.cat([
+            images_of(row, true[row["indices"]])
+            for row in sorted(rows, key=lambda row: row["sample"])
+            if row["attack"] == spec and "images" in row
+        ])
+        for spec in attacks
+    }  # fmt: skip
+    picture = in_few_colours(encode(image_grid(true, recovered), "png"))
+    write_atomically(path, lambda file: file.write_bytes(picture))
 
 
 @exit_status
@@ -114,26 +216,15 @@ def main(argv: list[str]) -> None:
     study.check(CLEAN, config.attacks)
     folder = study_folder(config, {"study": study})
 
-    def rows_of(_, sample: int) -> list[dict]:
-        return attack_rows(
-            study, sample, defenses=CLEAN, attacks=config.attacks, keep_images=True,
-            measure=lambda batch, release: risk(config, study, batch, release),
-        )  # fmt: skip
-
-    rows = run_items(range(config.samples), rows_of, folder, state, label="attacking")
+    rows = run_items(
+        range(config.samples), lambda _, sample: image_rows(config, study, sample), folder, state, label="attacking"
+    )
     if state.is_main_process:
-        publish(Path(config.output), "real_weights", summary(rows))
-        true = study.data.pixels[: config.samples * config.batch_size]
-        recovered = {
-            spec.replace("(", "\n("): torch.cat([
-                images_of(row, true[row["indices"]])
-                for row in sorted(rows, key=lambda row: row["sample"])
-                if row["attack"] == spec and "images" in row
-            ])
-            for spec in config.attacks
-        }  # fmt: skip
-        picture = in_few_colours(encode(image_grid(true, recovered), "png"))
-        write_atomically(Path(config.output) / "real_weights.png", lambda path: path.write_bytes(picture))
+        output = Path(config.output)
+        publish(output, "real_weights", summary(rows))
+        draw(study, rows, config.attacks, config.samples, output / "real_weights.png")
+        if config.exact:
+            draw(study, rows, SEARCHES, min(config.exact, config.samples), output / "real_weights_local.png")
     finish(state)
 
 

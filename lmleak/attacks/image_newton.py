@@ -26,7 +26,7 @@ from torch import Tensor
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions
 from lmleak.attacks.image_base import ImageAttack, ImageProblem
-from lmleak.attacks.image_newton_steps import SOLVERS, compared, levenberg_marquardt
+from lmleak.attacks.image_newton_steps import SOLVERS, Linearize, compared, levenberg_marquardt
 from lmleak.attacks.objectives import Cosine, Objective, SquaredL2
 from lmleak.errors import ConfigError
 from lmleak.lookup import lookup
@@ -115,8 +115,9 @@ class GaussNewton(SecondOrder):
     """At the start, in units of the curvature along the slope there."""
     step_tolerance: float = 1e-8
     """Stop at steps below this part of ||x||."""
-    solver: str = "auto"
-    """How steps are solved: "dense" (J J^T as a matrix, exact), "cg", or "auto", by size."""
+    solver: str | Linearize = "auto"
+    """How steps are solved: "dense" (J J^T as a matrix, exact), "cg", or "auto", by size; in Python, also a function
+    that linearises."""
 
     name: ClassVar[str] = "gauss-newton"
     paper: ClassVar[str] = (
@@ -127,7 +128,8 @@ class GaussNewton(SecondOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        lookup("solver", self.solver, {"auto": ..., **SOLVERS})
+        if isinstance(self.solver, str):
+            lookup("solver", self.solver, {"auto": ..., **SOLVERS})
         if self.damping == 0:
             raise ConfigError(f"attack {self.name!r}: damping must be above 0, got {self.damping!r}")
 

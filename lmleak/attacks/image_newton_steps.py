@@ -11,7 +11,7 @@ the damping have the unit of gradient^2 / x^2. The damping follows the gain rati
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +133,8 @@ class MatrixFreeLinearization(Linearization):
         return solved.solution.reshape(b.shape)
 
 
-SOLVERS = {"dense": DenseLinearization, "cg": MatrixFreeLinearization}
+Linearize = Callable[[ImageProblem, Tensor], Linearization]
+SOLVERS: dict[str, Linearize] = {"dense": DenseLinearization, "cg": MatrixFreeLinearization}
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def levenberg_marquardt(
     iterations: int = 100,
     damping: float = 1e-3,
     step_tolerance: float = 1e-8,
-    solver: str = "auto",
+    solver: str | Linearize = "auto",
 ) -> LeastSquares:
     """Minimise ``||g(x) - g*||^2 + w ||x - m||^2`` from one start.
 
@@ -175,7 +176,7 @@ def levenberg_marquardt(
         damping: At the start, in units of the curvature along the slope there.
         step_tolerance: Stop at steps below this part of ||x||.
         solver: "dense" (J J^T formed and decomposed in float64), "cg", or "auto": dense up to ``DENSE_PIXELS``
-            unknowns if J holds no more than ``DENSE_NUMBERS``.
+            unknowns if J holds no more than ``DENSE_NUMBERS``; or another way to linearise.
 
     Returns:
         The images, and why it stopped there.
@@ -185,7 +186,7 @@ def levenberg_marquardt(
     """
     if start.shape != problem.shape:
         raise DataError(f"the start has shape {tuple(start.shape)}, expected (B, C, H, W) = {problem.shape}")
-    linearize = SOLVERS[solver_for(problem, solver)]
+    linearize = SOLVERS[solver_for(problem, solver)] if isinstance(solver, str) else solver
     mean = problem.adapter.prior().mean.to(problem.device, problem.dtype)
     eps = torch.finfo(problem.dtype).eps
 

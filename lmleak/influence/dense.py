@@ -36,23 +36,25 @@ def dense_rows(jacobian: InputJacobian, *, chunk_size: int = CHUNK) -> Tensor:
     return _fill(rows, row, jacobian, chunk_size)
 
 
-def dense_gram(jacobian: InputJacobian, *, chunk_size: int = CHUNK) -> Tensor:
+def dense_gram(jacobian: InputJacobian, *, chunk_size: int = CHUNK, largest: int | None = None) -> Tensor:
     """Return A = J J^T on the free coordinates as a matrix (dx, dx) in float64.
 
     J is formed in the model's precision and its products are summed in float64: an error of e in J moves singular
     values by e, so that float32 resolves eigenvalues of A down to about 1e-12 of the largest. A J too large to hold
-    (``DENSE_LIMIT`` numbers) is applied instead, and float32 then resolves 1e-6 of the largest.
+    is applied instead, and float32 then resolves 1e-6 of the largest; for networks of small convolutions that takes
+    three times as long, too.
 
     Args:
         jacobian: J.
         chunk_size: Products computed at once.
+        largest: Most numbers that J may hold as a matrix, ``DENSE_LIMIT`` by default; more where memory allows.
 
     Returns:
         The matrix, symmetric, in the order of ``jacobian.flatten``.
     """
     dx = jacobian.dx
     gram = torch.zeros(dx, dx, dtype=torch.float64, device=jacobian.device)
-    if rows_fit(jacobian):
+    if rows_fit(jacobian, largest):
         for columns in dense_rows(jacobian, chunk_size=chunk_size).split(COLUMNS, dim=1):
             wide = columns.double()
             for start in range(0, dx, BLOCK):  # the lower triangle, block row by block row
@@ -65,17 +67,17 @@ def dense_gram(jacobian: InputJacobian, *, chunk_size: int = CHUNK) -> Tensor:
     return (gram + gram.T) / 2
 
 
-def rows_fit(jacobian: InputJacobian) -> bool:
-    """Return whether J as a matrix stays within ``DENSE_LIMIT`` numbers."""
+def rows_fit(jacobian: InputJacobian, largest: int | None = None) -> bool:
+    """Return whether J as a matrix stays within ``largest`` numbers, by default ``DENSE_LIMIT``."""
     dx, parameters = jacobian.shape
-    return dx * parameters <= DENSE_LIMIT
+    return dx * parameters <= (DENSE_LIMIT if largest is None else largest)
 
 
-def resolution(jacobian: InputJacobian) -> float:
+def resolution(jacobian: InputJacobian, largest: int | None = None) -> float:
     """Return the smallest eigenvalue of :func:`dense_gram` that is not rounding, over the largest."""
     unit = torch.finfo(jacobian.dtype).eps
     of_sums = jacobian.dx * torch.finfo(torch.float64).eps
-    return max(of_sums, (16 * unit) ** 2 if rows_fit(jacobian) else 16 * unit)
+    return max(of_sums, (16 * unit) ** 2 if rows_fit(jacobian, largest) else 16 * unit)
 
 
 def _fill(rows: Tensor, product: Callable[[Tensor], Tensor], jacobian: InputJacobian, chunk_size: int) -> Tensor:

@@ -235,12 +235,15 @@ class EigenDirections:
         return high
 
 
-def eigen_directions(jacobian: InputJacobian, *, chunk_size: int = CHUNK) -> EigenDirections:
+def eigen_directions(
+    jacobian: InputJacobian, *, chunk_size: int = CHUNK, largest: int | None = None
+) -> EigenDirections:
     """Return the eigendecomposition of A = J J^T, by dx batched products; dx up to a few thousand.
 
     Args:
         jacobian: J; also J_c, a masked J, or that of a FedAvg update.
         chunk_size: Products computed at once.
+        largest: Most numbers that J may hold as a matrix (:func:`dense_gram`).
 
     Returns:
         The directions.
@@ -248,12 +251,12 @@ def eigen_directions(jacobian: InputJacobian, *, chunk_size: int = CHUNK) -> Eig
     Raises:
         DataError: If a product with J is not finite.
     """
-    gram = dense_gram(jacobian, chunk_size=chunk_size)
+    gram = dense_gram(jacobian, chunk_size=chunk_size, largest=largest)
     if not torch.isfinite(gram).all():
         raise DataError("a product with J is NaN or Inf; check the model and the loss at this input")
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0), vectors.flip(1)
-    return EigenDirections(jacobian, values.where(values > resolution(jacobian) * values[0], 0.0), vectors)
+    return EigenDirections(jacobian, values.where(values > resolution(jacobian, largest) * values[0], 0.0), vectors)
 
 
 def posterior_variances(values: Tensor, noise_variances: Tensor | float, prior_std: float) -> Tensor:

@@ -101,6 +101,15 @@ def test_attackers_from_the_truth_err_as_predicted(measures, study):
         assert rmse == pytest.approx(found[name], rel=0.1)
 
 
+def test_steps_by_the_curvature_at_the_truth_end_in_the_same_minimum(measures, study):
+    batch = study.batch(0)
+    release = study.release(0, "gaussian(std=0.01)", batch=batch)
+    settings = {"prior_weight": 1e-4, "iterations": 60}
+    own = measures.local_rmse(study, batch, release, **settings)
+    of_truth = measures.local_rmse(study, batch, release, directions=measures.linearized(study, batch), **settings)
+    assert of_truth == pytest.approx(own, rel=1e-4)
+
+
 def rows_of(error, samples=4, attack="gs"):
     """Rows whose attack errs by a function of I2F and the image, and whose local attackers err by I2F."""
     return [

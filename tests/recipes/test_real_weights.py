@@ -1,12 +1,19 @@
 """The study of pretrained weights: rows, table and figure on a tiny case; the configuration parses."""
 
 import csv
+import importlib
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lmleak.config import parse_config
+from lmleak.evaluation import process_state
+from lmleak.evaluation.image_study import image_study, study_images
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "real_weights.py"
@@ -19,19 +26,54 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def lines_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "real_weights.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_tiny_run_gives_a_line_per_image_and_attack(tmp_path):
     done = run(
         "--model", "lenet", "--data", "digits", "--samples", "2", "--attacks", "gauss-newton(iterations=12)",
-        "gs(iterations=3)", "--output", str(tmp_path),
+        "gs(iterations=3)", "--precision", "float64", "--exact", "1", "--noise", "1e-4", "--output", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "real_weights.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["image"] for line in lines] == ["0", "0", "1", "1", "mean", "mean"]
+    lines = lines_of(tmp_path)
+    searches = ["local", "near", "near-clean"]
+    images = [line["image"] for line in lines]
+    assert images == ["0"] * 5 + ["1", "1"] + ["mean"] * 5
+    assert [line["attack"] for line in lines[2:5]] == searches
+    assert [line["gradient"] for line in lines[2:5]] == ["noisy", "noisy", "clean"]
     newton, gs = ([line for line in lines if line["attack"].startswith(name)] for name in ("gauss", "gs"))
     assert all(float(a["rmse"]) < float(b["rmse"]) for a, b in zip(newton, gs, strict=True))
     assert all(0 < float(line["I_lb_rms"]) <= float(line["CG_bound_rms"]) for line in lines if line["image"] != "mean")
-    assert (tmp_path / "real_weights.png").stat().st_size > 1000
+    local, near, clean = lines[2:5]
+    # Noise this small: first order is exact, and every search from nearby ends where it says, or at the truth.
+    assert float(local["rmse"]) == pytest.approx(float(local["exact_MAP_rms"]), rel=0.02)
+    assert float(near["rmse"]) == pytest.approx(float(local["rmse"]), rel=1e-3)
+    assert float(clean["rmse"]) < 1e-3 * float(local["rmse"])
+    assert float(local["CG_bound_rms"]) <= 1.001 * float(local["exact_I2F_rms"])
+    assert float(local["exact_MAP_rms"]) == pytest.approx(float(local["MAP_rms"]), rel=0.02)
+    assert (local["exact_rank"], local["determined_share"]) == ("64", "1")
+    assert lines[5]["exact_I2F_rms"] == ""
+    for name in ("real_weights", "real_weights_local"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_share_of_determined_pixels_is_that_of_the_posterior(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    recipe = importlib.import_module("real_weights")
+    settings = ["--model", "lenet", "--data", "digits", "--samples", "1", "--precision", "float64", "--device", "cpu"]
+    config = parse_config(recipe.WeightsConfig, [*settings, "--pixel-std", "0.5"])
+    study = image_study(config, config.model, study_images(config), process_state())
+    batch, std = study.batch(0), 0.01
+    noisy = study.release(0, f"gaussian(std={std})", batch=batch)
+    directions = recipe.linearized(study, batch)
+    found = recipe.exact_risk(config, study, batch, noisy, directions, std)
+    posterior = torch.linalg.inv(directions.gram / std**2 + torch.eye(64, dtype=torch.float64))
+    share = (posterior.diagonal().sqrt() < 0.5).double().mean().item()
+    assert 0 < share < 1
+    assert found["determined_share"] == share
+    assert found["exact_bayes_rms"] == pytest.approx(math.sqrt(posterior.trace().item() / 64), rel=1e-9)
 
 
 def test_wrong_input_is_refused_in_a_line(tmp_path):
@@ -39,6 +81,9 @@ def test_wrong_input_is_refused_in_a_line(tmp_path):
     assert done.returncode == 2
     assert "span" in done.stderr
     assert "Traceback" not in done.stderr
+    refused = run("--exact", "-1", "--output", str(tmp_path))
+    assert refused.returncode == 2
+    assert "exact must be at least 0" in refused.stderr
 
 
 @pytest.mark.slow
@@ -47,11 +92,10 @@ def test_the_published_weights_leak_their_label_and_resist_these_attacks(real_da
     images = real_data / "cifar10-jpg" / "cifar10_test1000.npz"
     done = run(
         "--config", "configs/real_weights/resnet20.yaml", "--model", str(weights), "--data", str(images), "--samples",
-        "1", "--attacks", "lbfgs(iterations=50)", "--products", "30", "--output", str(tmp_path),
+        "1", "--attacks", "lbfgs(iterations=50)", "--products", "30", "--exact", "0", "--output", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "real_weights.csv").open() as file:
-        line = next(csv.DictReader(file))
+    line = lines_of(tmp_path)[0]
     assert line["label_read"] == "True"
     assert 0 < float(line["I_lb_rms"]) <= float(line["CG_bound_rms"])
     assert float(line["rmse"]) > 0.5  # L-BFGS from a random start fails, whatever is predicted of a better attacker
