@@ -2,8 +2,8 @@
 
 A gradient-matching attack is a fixed procedure for one sample at a time; nothing in it is fitted to other samples. Its
 output xhat_i enters the family's Gaussian as the mean m + a (xhat_i - m), m the mean input and a >= 0 a trust fitted
-on held-out samples (``families.calibrate_values``), with one fitted variance. So an attack that fails has a = 0 and tells
-nothing, instead of less than nothing; and one that is right for some samples and lost for others, as attacks from a
+on held-out samples (``families.calibrate_values``), with one fitted variance. So an attack that fails has a = 0 and
+tells nothing, instead of less than nothing; one that is right for some samples and lost for others, as attacks from a
 random start are, is judged by its error over all. Gradient matching is named among the families of Mo et al.
 (arXiv:2105.13929); the likelihood is our reading.
 """
