@@ -25,9 +25,9 @@ USAGE = """usage: lmleak COMMAND [options]
 commands:
   audit    measure what a model's gradients leak of given texts, and write a report
   report   write the report again from the folder of an earlier audit
-  capture  write the gradient of private texts to a file, as a client would send it
-  attack   recover text from a gradient file alone
-  score    compare recovered texts with the private ones
+  capture  write the gradient of private texts or images to a file, as a client would send it
+  attack   recover texts or images from a gradient file alone
+  score    compare what was recovered with the private texts or images
 
 'lmleak COMMAND --help' lists the options. Exit status: 0 done, 2 refused, 3 more leaked than --fail-above allows.
 """
@@ -129,29 +129,39 @@ def capture(argv: Sequence[str]) -> int:
 
 
 def attack(argv: Sequence[str]) -> int:
-    """Recover text from a gradient file, write it, print a table."""
+    """Recover texts or images from a gradient file, write them, print a table."""
     _quiet_libraries()
     from lmleak.config import parse_config
     from lmleak.evaluation import AttackConfig, run_recovery
+    from lmleak.report.image_recovery import recovered_images_table, write_recovered_picture
     from lmleak.report.recovery import recovery_lines, recovery_table
 
     config = parse_config(AttackConfig, argv, prog="lmleak attack", positional=("gradient",))
-    with Console(stderr=True).status(Text(f"attacking {config.gradient} with {config.attack}")):
+    with Console(stderr=True).status(Text(f"attacking {config.gradient}")):
         result = run_recovery(config)
-    _show(recovery_table(result), *recovery_lines(result))
+    if result.normalization is None:
+        _show(recovery_table(result), *recovery_lines(result))
+    else:
+        picture = write_recovered_picture(result)
+        _show(recovered_images_table(result), *recovery_lines(result), f"picture: {picture}")
     return 0
 
 
 def score(argv: Sequence[str]) -> int:
-    """Compare recovered texts with the private ones, print a table."""
+    """Compare recovered texts or images with the private ones, print a table; of images, draw them side by side."""
     _quiet_libraries()
     from lmleak.config import parse_config
-    from lmleak.evaluation import ScoreConfig, run_score
+    from lmleak.evaluation import ImageScoreResult, ScoreConfig, run_score
+    from lmleak.report.image_recovery import image_score_notes, image_score_table, write_comparison_picture
     from lmleak.report.recovery import score_notes, score_table
 
     config = parse_config(ScoreConfig, argv, prog="lmleak score", positional=("recovered", "reference"))
     result = run_score(config)
-    _show(score_table(result), *score_notes(result))
+    if isinstance(result, ImageScoreResult):
+        picture = write_comparison_picture(result, config.picture_path)
+        _show(image_score_table(result), *image_score_notes(result), f"picture: {picture} (holds the private images)")
+    else:
+        _show(score_table(result), *score_notes(result))
     return 0
 
 

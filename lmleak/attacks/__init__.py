@@ -65,12 +65,7 @@ def make_attack(name: str, *, task: str = "causal-lm", **options) -> Attack:
     """
     if "(" in name:
         raise ConfigError(f"options are keywords here: run_attack({name.partition('(')[0]!r}, ..., option=value)")
-    others = IMAGE_ATTACKS if registry(task) is ATTACKS else ATTACKS
-    if name in others and name not in registry(task):
-        raise ConfigError(
-            f"attack {name!r} is for {'images' if others is IMAGE_ATTACKS else 'text'}, and this model's task is "
-            f"{task!r}; write one of {', '.join(registry(task))}"
-        )
+    _refuse_other_kind(name, task)
     attack_class = lookup("attack", name, registry(task))
     valid = [f.name for f in fields(attack_class)]
     for option in options:
@@ -93,10 +88,22 @@ def parse_attack(spec: str, *, task: str = "causal-lm") -> Attack:
     Raises:
         ConfigError: If it cannot be read, or names more than one attack.
     """
+    if isinstance(spec, str):
+        _refuse_other_kind(spec.partition("(")[0].strip(), task)
     parts = build_parts(spec, "attack", registry(task), "tag(iterations=500)")
     if len(parts) != 1:
         raise ConfigError(f"{spec!r} names {len(parts)} attacks; list them one by one")
     return parts[0]
+
+
+def _refuse_other_kind(name: str, task: str) -> None:
+    """Refuse an attack on text for images, and the other way round."""
+    others = IMAGE_ATTACKS if registry(task) is ATTACKS else ATTACKS
+    if name in others and name not in registry(task):
+        raise ConfigError(
+            f"attack {name!r} is for {'images' if others is IMAGE_ATTACKS else 'text'}, and this model's task is "
+            f"{task!r}; write one of {', '.join(registry(task))}"
+        )
 
 
 def run_attack(

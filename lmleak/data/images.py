@@ -208,5 +208,5 @@ def _hub(source: str, split: str | None, limit: int | None, image_column: str | 
     labels = list(rows[label_column])
     if isinstance(features[label_column], datasets.ClassLabel):
         return images, labels, features[label_column].names
-    names = sorted(set(labels))
+    names = sorted(set(dataset[label_column]))  # of all rows: a class keeps its number, whatever the limit
     return images, [names.index(label) for label in labels], map(str, names)

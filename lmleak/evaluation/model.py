@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lmleak.adapters import TextAdapter, load_adapter
+from lmleak.adapters import ModelAdapter, TextAdapter, load_adapter
 from lmleak.errors import ConfigError, UnsupportedModelError
 
 
@@ -14,19 +14,21 @@ class ModelConfig:
     """Which model, and where it runs."""
 
     model: str
-    """Embedded name (reference-bert, reference-gpt2), local directory, shape file (.yaml) or hub id."""
+    """Embedded name (reference-bert, reference-gpt2), image classifier by name (lenet, resnet20, ...), file of its
+    weights, local directory, shape file (.yaml) or hub id."""
     task: str | None = None
-    """sequence-classification, causal-lm or masked-lm; if not given, what the gradient or the model says."""
+    """sequence-classification, causal-lm, masked-lm or image-classification; if not given, what the gradient or the
+    model says."""
     tokenizer: str | None = None
     """Name or directory of the tokenizer, if it is not beside the model."""
     weights_seed: int = 0
-    """Seed of random weights (shape files, a head that the checkpoint lacks); the same in capture and attack. A shape
-    file that sets a seed of its own keeps it."""
+    """Seed of random weights (a network by name, shape files, a head that the checkpoint lacks); the same in capture
+    and attack. A shape file that sets a seed of its own keeps it."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
 
-def load_text_model(config: ModelConfig, *, task: str | None = None) -> TextAdapter:
+def load_model(config: ModelConfig, *, task: str | None = None) -> ModelAdapter:
     """Load the model that a configuration names.
 
     Args:
@@ -38,7 +40,6 @@ def load_text_model(config: ModelConfig, *, task: str | None = None) -> TextAdap
 
     Raises:
         ConfigError: If the device is absent or no device.
-        UnsupportedModelError: If it is no language model.
     """
     device = config.device
     if device == "auto":
@@ -48,12 +49,27 @@ def load_text_model(config: ModelConfig, *, task: str | None = None) -> TextAdap
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but no CUDA device is available; use device=cpu")
     disable_progress_bar()  # of weight loading; it says nothing about the work
-    adapter = load_adapter(
+    return load_adapter(
         config.model, task=config.task or task, tokenizer=config.tokenizer, device=device, seed=config.weights_seed
     )
+
+
+def load_text_model(config: ModelConfig) -> TextAdapter:
+    """Load the language model that a configuration names.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UnsupportedModelError: If it is no language model.
+    """
+    adapter = load_model(config)
     if not isinstance(adapter, TextAdapter):
         raise UnsupportedModelError(
-            f"this command recovers text, and {config.model!r} is of task {adapter.task!r}; images are attacked by "
-            "lmleak.run_attack and by the recipes"
+            f"this command works on text, and {config.model!r} is of task {adapter.task!r}; images are attacked by "
+            "lmleak capture, attack and score, by lmleak.run_attack and by the recipes"
         )
     return adapter

@@ -251,7 +251,8 @@ class SharedGradient:
         if self.weights and self.weights != (own := adapter.weights_digest()):
             raise DataError(
                 f"the gradient was taken at weights with digest {self.weights!r}, the model's is {own!r}: another "
-                "training step, or other random weights (shape files and new heads need the same weights seed)"
+                "training step, or other random weights (a network by name, shape files and new heads need the same "
+                "weights seed)"
             )
 
 

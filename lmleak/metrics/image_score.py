@@ -1,7 +1,8 @@
 """The scores of recovered images against the private batch, in total and per private image."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from lmleak.errors import DataError
 from lmleak.gradients import SharedGradient
 from lmleak.gradients.aggregate import update_of
 from lmleak.metrics.image import mse, psnr, ssim
-from lmleak.types import Batch, ImageReconstruction
+from lmleak.types import Batch, ImageReconstruction, Normalization
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ImageScores:
     """Structural similarity, likewise clipped (:func:`ssim`); 1 is a perfect recovery. None under 3 pixels."""
     feature_mse: float | None
     """Mean squared difference of the model's logits at the recovered and the true image, in squared logits: the
-    FMSE of Zhang et al. 2023 (arXiv:2309.13016)."""
+    FMSE of Zhang et al. 2023 (arXiv:2309.13016). None, too, where no model was at hand."""
 
 
 @dataclass(frozen=True)
@@ -117,25 +118,58 @@ def score_images(
         )
     if recovered.labels is not None and recovered.labels.shape != (batch.size,):
         raise DataError(f"expected one label per image, ({batch.size},), got {tuple(recovered.labels.shape)}")
+    score = score_image_tensors(
+        images, truth, adapter.normalization, labels=recovered.labels, true_labels=batch.targets,
+        logits=lambda x: _logits(adapter, x),
+    )  # fmt: skip
+    if shared is None:
+        return score
+    order = list(score.order)
+    labels = None if recovered.labels is None else recovered.labels.cpu()[order]
+    return replace(score, matching_loss=matching_loss(adapter, images[order], labels, batch, shared))
+
+
+def score_image_tensors(
+    images: Tensor,
+    truth: Tensor,
+    normalization: Normalization,
+    *,
+    labels: Tensor | None = None,
+    true_labels: Tensor | None = None,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> ImageScore:
+    """Score recovered images against private ones without a model, as :func:`score_images` does with one.
+
+    Args:
+        images: Recovered (B, C, H, W) on the CPU, normalised as the model reads them.
+        truth: Private ones, of the same shape and so normalised.
+        normalization: How pixel values became what the model reads.
+        labels: (B,) classes that the attack states.
+        true_labels: (B,) classes of the private images.
+        logits: Of images (B, C, H, W), for the feature error; None leaves it out.
+
+    Returns:
+        The scores; the matching loss, which needs the gradient, is None.
+    """
     order = match_images(images, truth)
     images = images[list(order)]
-    labels = None if recovered.labels is None else recovered.labels.cpu()[list(order)]
-    features = _logits(adapter, images), _logits(adapter, truth)
+    labels = None if labels is None else labels.cpu()[list(order)]
+    features = None if logits is None else (logits(images), logits(truth))
     examples = tuple(
         ImageExampleScore(
-            **_pair_scores(images[i], truth[i], adapter),
-            feature_mse=mse(features[0][i], features[1][i]),
+            **_pair_scores(images[i], truth[i], normalization),
+            feature_mse=None if features is None else mse(features[0][i], features[1][i]),
             prediction=order[i],
             label=None if labels is None else int(labels[i]),
         )
-        for i in range(batch.size)
+        for i in range(len(truth))
     )
-    right = None if labels is None else (labels == batch.targets.cpu()).double().mean().item()
+    known = labels is not None and true_labels is not None
     return ImageScore(
         **{field.name: _average(field.name, examples) for field in fields(ImageScores)},
-        matching_loss=None if shared is None else matching_loss(adapter, images, labels, batch, shared),
-        label_accuracy=right,
-        num_references=batch.size,
+        matching_loss=None,
+        label_accuracy=(labels == true_labels.cpu()).double().mean().item() if known else None,
+        num_references=len(truth),
         num_diverged=sum(example.mse is None for example in examples),
         per_example=examples,
     )
@@ -187,9 +221,9 @@ def matching_loss(
     return distance / norm if norm and isfinite(distance) else None
 
 
-def _pair_scores(image: Tensor, truth: Tensor, adapter: VisionAdapter) -> dict:
+def _pair_scores(image: Tensor, truth: Tensor, normalization: Normalization) -> dict:
     """Return what depends on the two images alone."""
-    pixels, true_pixels = adapter.normalization.pixels(image), adapter.normalization.pixels(truth)
+    pixels, true_pixels = normalization.pixels(image), normalization.pixels(truth)
     error, pixel_error = mse(image, truth), mse(pixels, true_pixels)
     if error is None or pixel_error is None:
         return dict.fromkeys(("mse", "rmse", "rmse_pixel", "psnr", "ssim"))

@@ -26,6 +26,7 @@ def image_grid(
     recovered: Mapping[str, Tensor],
     *,
     column_titles: Sequence[str] = (),
+    captions: Mapping[str, Sequence[str]] | None = None,
     differences: bool = True,
     limit: float | None = None,
 ) -> Figure:
@@ -41,6 +42,8 @@ def image_grid(
         recovered: Name of a row (an attack, a noise level, a direction) to its pixel values (N, C, H, W), matched to
             the originals.
         column_titles: What each image is, N short strings; none are written if empty.
+        captions: What is written above the images of a row instead of their PSNR and RMSE, N short strings per entry
+            of ``recovered``.
         differences: Whether to draw the rows of differences.
         limit: Half the range of the differences' scale, in pixel values; None takes the largest one, at most 1.
             What lies beyond has the last colour.
@@ -61,7 +64,7 @@ def image_grid(
         axes = figure.subplots(*grid, squeeze=False)
         _draw_row(axes[0], "original", true, column_titles or [""] * len(true))
         for place, (name, images) in enumerate(rows.items()):
-            titles = [_quality(image, reference) for image, reference in zip(images, true, strict=True)]
+            titles = captions[name] if captions else map(_quality, images, true)
             _draw_row(axes[1 + step * place], name, images, titles)
             if differences:
                 _draw_differences(axes[2 + step * place], images - true, limit)
@@ -73,6 +76,38 @@ def image_grid(
                 extend="both" if largest > limit else "neither",
             )  # fmt: skip
             bar.outline.set_visible(False)
+    return figure
+
+
+def image_rows(images: Tensor, titles: Sequence[str], *, columns: int = 8) -> Figure:
+    """Draw images that have no original beside them, clipped to [0, 1]; one that is not finite is a grey field.
+
+    Args:
+        images: Pixel values (N, C, H, W) with one channel or three.
+        titles: One short string each.
+        columns: Images per row.
+
+    Returns:
+        The figure, for :func:`lmleak.report.drawing.encode`.
+
+    Raises:
+        DataError: If there is no image, or one of other channels, or a title is missing.
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel() or len(titles) != len(images):
+        raise DataError(
+            f"expected images (N, C, H, W) with one channel or three and a title each, got {tuple(images.shape)} and "
+            f"{len(titles)} titles"
+        )
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = CELL, CELL * images.shape[2] / images.shape[3]
+    with house_style():
+        figure = Figure(figsize=((width + 0.1) * columns + 0.2, (height + 0.4) * rows + 0.1), layout="compressed")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for place, image, title in zip(axes, images.detach().cpu().double(), titles, strict=False):
+            _draw_image(place, image, title)
+        for place in axes[len(images) :]:
+            place.set_axis_off()
     return figure
 
 
@@ -115,13 +150,18 @@ def _draw_row(axes: Sequence[Axes], name: str, images: Tensor, titles: Sequence[
     """Draw images with their titles, the row's name on the left."""
     _name_row(axes[0], name)
     for place, image, title in zip(axes, images, titles, strict=True):
-        _clear(place)
-        place.set_title(title, fontsize=9, fontweight="normal", loc="center", pad=3)
-        if torch.isfinite(image).all():
-            picture = image.clamp(0, 1).permute(1, 2, 0).numpy()
-            place.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        else:
-            _draw_nothing(place, image.shape)
+        _draw_image(place, image, title)
+
+
+def _draw_image(place: Axes, image: Tensor, title: str) -> None:
+    """Draw one image with its title."""
+    _clear(place)
+    place.set_title(title, fontsize=9, fontweight="normal", loc="center", pad=3)
+    if torch.isfinite(image).all():
+        picture = image.clamp(0, 1).permute(1, 2, 0).numpy()
+        place.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        _draw_nothing(place, image.shape)
 
 
 def _draw_differences(axes: Sequence[Axes], differences: Tensor, limit: float) -> None:

@@ -25,13 +25,13 @@ LEGEND = (
 
 def capture_lines(result: CaptureResult) -> list[str]:
     """Return what was written, what it reveals, and what to keep."""
-    shared = result.shared
+    shared, kind = result.shared, _kind(result.shared.task)
     revealed = [word for word, known in (("lengths", shared.layout), ("labels", shared.labels is not None)) if known]
     lines = [
         f"gradient: {result.gradient} ({shared.num_coordinates:,} numbers of {len(shared.gradient)} parameters, "
-        f"{shared.batch_size} text(s), {_steps(shared.aggregation)}; defenses: "
+        f"{shared.batch_size} {kind}(s), {_steps(shared.aggregation)}; defenses: "
         f"{' + '.join(shared.defenses) or 'none'}; also reveals: {', '.join(revealed) or 'nothing'})",
-        f"private reference: {result.reference} (holds the texts: never send it)",
+        f"private reference: {result.reference} (holds the {kind}s: never send it)",
     ]
     if result.seeded:
         lines.append(
@@ -54,11 +54,13 @@ def recovery_table(result: AttackResult) -> Table:
 
 
 def recovery_lines(result: AttackResult) -> list[str]:
-    """Return how much was recovered, why the attack ended, its notes, its cost and where the texts are."""
+    """Return how much was recovered, why the attack ended, its notes, its cost and where the texts or images are."""
+    kind = _kind(result.shared.task)
+    number = len(result.reconstruction.images if kind == "image" else result.reconstruction.texts)
     recovered, cost = result.reconstruction, result.reconstruction.cost
     peak = "not measured" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f} MiB"
     return [
-        f"{recovered.attack} returned {len(recovered.texts)} text(s) for a batch of {result.shared.batch_size}",
+        f"{recovered.attack} returned {number} {kind}(s) for a batch of {result.shared.batch_size}",
         f"stopped: {recovered.stopped}",
         *(f"note: {note}" for note in recovered.notes),
         f"cost: {cost.seconds:.1f} s, {cost.gradient_evaluations} gradient evaluations, {cost.iterations} iterations, "
@@ -112,6 +114,10 @@ def _cells(columns: Mapping[str, str], score: Any, lamp: Any) -> list[str]:
         for name in columns
     ]
     return ["\u2013" if value is None else f"{value:.2f}" for value in values]
+
+
+def _kind(task: str) -> str:
+    return "image" if task == "image-classification" else "text"
 
 
 def _steps(aggregation: Aggregation) -> str:
