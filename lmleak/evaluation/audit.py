@@ -284,7 +284,7 @@ def describe(
         "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
         | {name: version(name) for name in libraries},
-        "commit": _commit(),
+        "commit": source_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "world_size": state.num_processes,
         "device": str(adapter.device),
@@ -292,7 +292,7 @@ def describe(
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Return the commit of a source checkout; None for an installed package."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
