@@ -225,7 +225,7 @@ def readable(*scales: Axis) -> None:
 
 
 def grid_figure(study: ImageStudy, rows: Sequence[dict], columns: int = 2) -> Figure:
-    """Draw images of the classes that one network protects worst and best, as attackers recovered them."""
+    """Draw images of the classes that one network protects worst and best; all errors are per normalised pixel."""
     first = rows[0]["model_seed"]
     own = [row for row in rows if row["model_seed"] == first]
     hit = sorted({row["sample"] for row in own if row["attack"] is not None})
@@ -237,11 +237,14 @@ def grid_figure(study: ImageStudy, rows: Sequence[dict], columns: int = 2) -> Fi
         samples = [sample for sample in hit if plain[sample]["label"] == label][:columns]
         shown += samples
         titles += [
-            f"{kind}: {study.data.class_names[label]}\npredicted {compact(plain[s]['bayes_rms'])}" for s in samples
+            f"{kind}: {study.data.class_names[label]}\npredicted RMSE {compact(plain[s]['bayes_rms'])}"
+            for s in samples
         ]
     original = study.data.pixels[[study.indices(sample)[0] for sample in shown]]
-    recovered = {}
+    recovered, captions = {}, {}
     for attack in attack_names(rows):
+        name = attack.partition("(")[0]
         images = [next(r for r in own if (r["sample"], r["attack"]) == (sample, attack)) for sample in shown]
-        recovered[attack.partition("(")[0]] = torch.cat([images_of(row, original[:1]) for row in images])
-    return image_grid(original, recovered, column_titles=titles, differences=False)
+        recovered[name] = torch.cat([images_of(row, original[:1]) for row in images])
+        captions[name] = ["diverged" if row["rmse"] is None else f"RMSE {compact(row['rmse'])}" for row in images]
+    return image_grid(original, recovered, column_titles=titles, captions=captions, differences=False)

@@ -38,7 +38,9 @@ class InfluenceResult:
     """I2F of one perturbation at one damping. Lengths are in units of x, as ``l2`` and as ``rms = l2 / sqrt(dx)``."""
 
     influence: Magnitude
-    """||(A + damping I)^-1 J delta||. If not ``converged``: the last CG iterate's norm, which is at most that."""
+    """||(A + damping I)^-1 J delta||. If not ``converged``: the last CG iterate's norm, which is at most that.
+    Damping shortens it: it may lie below ``lower_bound`` and ``cg_bound``, which bound the I2F without damping. Of the
+    three the largest is the best lower bound of that I2F."""
     lower_bound: Magnitude
     """I_lb = ||J delta|| / lambda_max(A) (eq. 5), a lower bound of the undamped I2F. Divided by the upper end of the
     eigenvalue's bracket, so that it is a bound except with ``failure_probability``."""

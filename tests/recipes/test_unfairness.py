@@ -14,6 +14,10 @@ import torch
 from lmleak.config import parse_config
 from lmleak.data.images import ImageData
 from lmleak.errors import ConfigError
+from lmleak.evaluation import process_state
+from lmleak.evaluation.image_attack import images_of
+from lmleak.evaluation.image_study import image_study, study_images
+from lmleak.report.rows import compact
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "unfairness").glob("*.yaml"))
@@ -77,6 +81,28 @@ def test_an_interval_bounds_its_median_and_allows_what_has_no_bound(load):
     table = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, np.inf]])
     middle, low, high = report.interval(table, 0)
     assert low <= middle == 2.5 <= high
+
+
+def test_the_grid_gives_errors_in_the_unit_of_the_predictions(load):
+    recipe, report = load("unfairness"), load("unfairness_report")
+    config = parse_config(
+        recipe.UnfairnessConfig,
+        ["--device", "cpu", "--samples", "2", "--attacked", "2", "--attacks", "dlg(iterations=2)"],
+    )
+    data = load("image_study_parts").classes_in_turn(study_images(config))
+    study = image_study(config, "lenet", data, process_state(), initialization="uniform")
+    rows = [row for sample in range(2) for row in recipe.image_rows(config, study, 0, sample, True)]
+    figure = report.grid_figure(study, rows)
+    titles = [axes.get_title() for axes in figure.axes]
+    protected = sorted(rows[::3], key=lambda row: row["bayes_rms"])  # the prediction precedes its two attackers
+    assert [title.split("\n")[1] for title in titles[:2]] == [
+        f"predicted RMSE {compact(r['bayes_rms'])}" for r in protected
+    ]
+    (deviation,) = study.adapter.normalization.std
+    for row, caption in zip([rows[3 * r["sample"] + 2] for r in protected], titles[4:], strict=True):
+        assert row["attack"].startswith("dlg")
+        error = (images_of(row, data.pixels[:1]) - data.pixels[row["sample"]]) / deviation
+        assert caption == f"RMSE {compact(error.square().mean().sqrt().item())}"
 
 
 def test_a_tiny_run_gives_rows_tables_and_figures(tmp_path):
