@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from lmleak.adapters import ModelAdapter
+from lmleak.adapters import ModelAdapter, TextAdapter
 from lmleak.errors import ConfigError
 from lmleak.evaluation.layers_capture import CaptureSettings, audited_layers, release_rows
 from lmleak.evaluation.layers_examples import LabelledExamples
@@ -28,7 +30,7 @@ from lmleak.leakage import (
     sample_subspace_distance,
     v_information,
 )
-from lmleak.leakage.families import FAMILIES
+from lmleak.leakage.families import DECODER, FAMILIES
 from lmleak.leakage.independence import independence_test
 from lmleak.lookup import lookup
 from lmleak.metrics.agreement import bootstrap_mean
@@ -58,6 +60,8 @@ class LayerSettings:
     """Dimensions of a value's gradient subspace, or the share of energy they keep."""
     gradients: int = 5000
     """Most gradients that V-information is estimated from; of more, a random choice."""
+    components: int = 64
+    """Principal components of all gradients in which subspaces are compared; the attribute does not enter them."""
     pairs: int = 600
     """Most gradients that are compared in pairs (subspace distance, mean difference, MMD)."""
     sensitivity_examples: int = 16
@@ -66,7 +70,7 @@ class LayerSettings:
     """Random directions per Jacobian with more than 256 coordinates."""
     influence_examples: int = 4
     """Examples whose layer-wise I2F is solved for."""
-    noise: float = 1e-2
+    noise: float = 0.1
     """sigma of the layer-wise I2F, in multiples of the gradient's root mean square."""
     tolerance: float = 1e-3
     """Relative residual of its solves."""
@@ -147,11 +151,17 @@ class LayerAnalysis:
             elif group in ("latent", "original"):
                 targets = self.examples.attributes if group == "latent" else self.examples.originals
                 whole = [*layers, ALL] if len(layers) > 1 else layers
-                families = self.settings.families
-                found += [Measure(group, layer, t, f) for t in targets for f in families for layer in whole]
+                found += [
+                    Measure(group, layer, t, f) for t in targets for f in self._families(group) for layer in whole
+                ]
             else:
                 found += [Measure(group, layer, t) for t in self.examples.attributes for layer in layers]
         return found
+
+    def _families(self, group: str) -> list[str]:
+        """Return the families that can predict a group's targets: a decoder of images only images."""
+        images = group == "original" and not isinstance(self.adapter, TextAdapter)
+        return [family for family in self.settings.families if images or family != DECODER]
 
     def rows(self, measure: Measure) -> list[Row]:
         """Return the rows of one piece of work."""
@@ -175,6 +185,10 @@ class LayerAnalysis:
     def groups_of(self, rows: NDArray) -> NDArray | None:
         """Return the source of some gradients, if the data says."""
         return None if self.examples.groups is None else np.asarray(self.examples.groups)[rows]
+
+    def victims(self, count: int) -> list[int]:
+        """Return the numbers of at most ``count`` examples for what looks at single ones."""
+        return self._choice(count).tolist()
 
     def _row(self, measure: Measure, layer: str, numbers: Row) -> Row:
         names = list(self.layers)
@@ -210,8 +224,8 @@ class LayerAnalysis:
         the gradient before any defense, with dropout off.
         """
         s, found = self.settings, []
-        for victim in self._choice(s.sensitivity_examples):
-            jacobian, batch = self._jacobian(int(victim))
+        for victim in self.victims(s.sensitivity_examples):
+            jacobian, batch = self._jacobian(victim)
             sharing = s.capture.sharing
             gradient = capture_gradient(
                 self.adapter, batch, shared=sharing.shared, aggregation=sharing.aggregation
@@ -241,8 +255,8 @@ class LayerAnalysis:
         means that hiding it protects. sigma is ``noise`` times the root mean square of the whole shared gradient.
         """
         s, found = self.settings, []
-        for victim in self._choice(s.influence_examples):
-            batch = self.examples.batch([int(victim)])
+        for victim in self.victims(s.influence_examples):
+            batch = self.examples.batch([victim])
             shared = s.capture.sharing.shared
             std = s.noise * capture_gradient(self.adapter, batch, shared=shared).rms
             found.append(influence_of_layers(
@@ -265,7 +279,8 @@ class LayerAnalysis:
         gradients, labels = self.store.features(measure.layer, rows), self.target(measure, rows)
         options = {"permutations": s.permutations, "seed": s.seed}
         if measure.group == "subspace":
-            found = sample_subspace_distance(gradients, labels, k=s.subspace, unit_norm=True, **options)
+            reduced = principal_coordinates(gradients, s.components)
+            found = sample_subspace_distance(reduced, labels, k=s.subspace, unit_norm=True, **options)
             numbers = {"normalized_geodesic": found.normalized_geodesic, "geodesic": found.geodesic,
                        "chordal": found.chordal, "max_angle": found.max_angle, "k": found.k}  # fmt: skip
         elif measure.group == "mean-difference":
@@ -295,9 +310,26 @@ class LayerAnalysis:
             by_value = pointwise_by_class(found, target, seed=s.seed)
             numbers["by_value"] = {str(v): {"count": b.count, "nats": b.mean, "low": b.low, "high": b.high}
                                    for v, b in by_value.items()}  # fmt: skip
-        if measure.family == s.families[0]:
-            numbers |= _test(independence_test(features, target, permutations=s.permutations, seed=s.seed))
+        if measure.family == self._families(measure.group)[0] and _shuffles(target, options["groups"]):
+            numbers |= _test(independence_test(
+                features, target, groups=options["groups"], permutations=s.permutations, seed=s.seed
+            ))  # fmt: skip
         return numbers
+
+
+def principal_coordinates(gradients: Tensor, components: int) -> Tensor:
+    """Return gradients (n, p) less their mean in their leading principal axes, (n, min(components, n, p)) float64."""
+    centred = gradients.double() - gradients.double().mean(0)
+    u, d, _ = torch.linalg.svd(centred, full_matrices=False)
+    return (u * d)[:, :components]
+
+
+def _shuffles(target: NDArray, groups: NDArray | None) -> bool:
+    """Return whether shuffling targets is a null: where they differ within a source, there is none."""
+    if groups is None:
+        return True
+    _, first, of_sample = np.unique(groups, return_index=True, return_inverse=True)
+    return np.array_equal(target[first][of_sample], target)
 
 
 def _test(test) -> Row:

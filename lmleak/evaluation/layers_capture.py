@@ -1,6 +1,5 @@
 """The released gradients of a whole private data set, in one store that every metric of the layers reads."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -146,14 +145,9 @@ def _released(
 
 def _identity(adapter: ModelAdapter, examples: LabelledExamples, settings: CaptureSettings) -> dict[str, str]:
     """Return digests of what decides the gradients besides the store's own settings."""
-    data = hashlib.sha256()
-    for start in range(0, examples.size, MOST_AT_ONCE):
-        batch = examples.batch(list(range(start, min(start + MOST_AT_ONCE, examples.size))))
-        for tensor in (*batch.inputs.values(), batch.targets, *batch.layout.values()):
-            data.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     sharing = asdict(settings.sharing) | {"defense": settings.sharing.defense.describe()}
     release = json.dumps(sharing | {"batch_size": settings.batch_size}, sort_keys=True)
     return {
-        "weights": adapter.weights_digest(), "examples": data.hexdigest()[:16], "release": release,
+        "weights": adapter.weights_digest(), "examples": examples.digest, "release": release,
         "lmleak": version("lmleak"),
     }  # fmt: skip

@@ -1,8 +1,10 @@
 """Private examples with attributes: what a layer-wise audit reads of example i, for texts and for images alike."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from lmleak.adapters.examples import token_ids, truncate
 from lmleak.errors import DataError
 from lmleak.types import Batch
 
+HASHED_AT_ONCE = 64
 BAG_TOKENS = 256  # words of the bag that a decoder is asked for: those in most examples
 
 
@@ -28,11 +31,21 @@ class LabelledExamples:
     batch: Callable[[Sequence[int]], Batch]
     """Numbers of examples -> their batch, as the model reads it."""
     originals: Mapping[str, Callable[[Batch], Tensor]]
-    """What of the input is to be reconstructed: name -> function of a batch, (B, d)."""
+    """What of the input is to be reconstructed: name -> function of a batch, (B, d), or (B, C, H, W) for images."""
     attributes: Mapping[str, NDArray] = field(default_factory=dict)
     """What is to be inferred: name -> (n,) integers, booleans or strings."""
     groups: Sequence[Hashable] | None = None
     """(n,) the author or source of each example, if examples of one source resemble each other."""
+
+    @cached_property
+    def digest(self) -> str:
+        """What decides the gradients, as a short digest: inputs, targets and layouts of all examples, in order."""
+        digest = hashlib.sha256()
+        for start in range(0, self.size, HASHED_AT_ONCE):
+            batch = self.batch(range(start, min(start + HASHED_AT_ONCE, self.size)))
+            for tensor in (*batch.inputs.values(), batch.targets, *batch.layout.values()):
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __post_init__(self):
         if self.size < 1:
@@ -113,7 +126,7 @@ def image_examples(
     groups: Sequence[Hashable] | None = None,
     name: str = "images",
 ) -> LabelledExamples:
-    """Return images with private attributes; their original is "pixels", (B, C H W), normalised as the model reads.
+    """Return images with private attributes; their original is "pixels", (B, C, H, W), as the model reads them.
 
     Args:
         adapter: The model.
@@ -132,7 +145,7 @@ def image_examples(
         rows = list(rows)
         return adapter.batch(adapter.normalization.normalize(pixels[rows].to(adapter.dtype)), labels[rows])
 
-    originals = {"pixels": lambda batch: adapter.input(batch).flatten(1).float()}
+    originals = {"pixels": lambda batch: adapter.input(batch).float()}
     return LabelledExamples(name, len(pixels), batch, originals, _columns(attributes), groups)
 
 

@@ -30,7 +30,9 @@ class LayerMetric:
 
 
 METRICS: dict[str, LayerMetric] = {
-    "sensitivity": LayerMetric("sensitivity", "gradient / input", "sensitivity", "frobenius", "original", interval=True),
+    "sensitivity": LayerMetric(
+        "sensitivity", "gradient / input", "sensitivity", "frobenius", "original", interval=True
+    ),
     "sensitivity-per-element": LayerMetric(
         "sensitivity per element", "gradient / input", "sensitivity", "per_element", "original", interval=True
     ),

@@ -1,0 +1,158 @@
+"""The layer-wise audit: capture, measure every layer, order the layers, verify the orders; killed and resumed."""
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from lmleak.adapters import ModelAdapter, TextAdapter
+from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, SMALL_MODEL, source_commit
+from lmleak.evaluation.layers import LayerAnalysis, Row
+from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
+from lmleak.evaluation.layers_config import LayersConfig
+from lmleak.evaluation.layers_data import load_labelled
+from lmleak.evaluation.layers_examples import LabelledExamples
+from lmleak.evaluation.layers_order import layer_scores, rank_agreement
+from lmleak.evaluation.layers_protection import Protection, hidden_sets, protection_orders
+from lmleak.evaluation.run import _on_main, _progress, process_state, run_items
+from lmleak.evaluation.shards import ResultFolder
+from lmleak.gradients import GradientStore
+
+
+@dataclass(frozen=True)
+class LayersResult:
+    """What a layer-wise audit found."""
+
+    rows: list[Row]
+    """Every metric of every layer, as in results.jsonl."""
+    agreement: list[dict[str, Any]]
+    """Rank correlation of every pair of metrics over the layers."""
+    orders: dict[str, tuple[str, ...]]
+    """Orders of protection, by name."""
+    protection: list[Row]
+    """What is left with some layers hidden, as in protection/results.jsonl."""
+    meta: dict[str, Any]
+    """How it was made."""
+    folder: Path
+
+
+def run_layers(config: LayersConfig, *, command: str | None = None) -> LayersResult:
+    """Run a layer-wise audit and write its rows; every input is checked before anything is written.
+
+    Folder: ``config.yaml``, ``gradients/`` (the store; it holds private attributes and inputs), ``results.jsonl`` and
+    ``protection/results.jsonl``.
+
+    Args:
+        config: The settings.
+        command: The command that started it, for the report.
+
+    Returns:
+        What was found, on every process.
+    """
+    start = time.perf_counter()
+    state = process_state(config.processes)
+    adapter, examples = load_labelled(config, state)
+    parameters = sum(p.numel() for p in adapter.parameters().values())
+    if config.threads or parameters < SMALL_MODEL:
+        torch.set_num_threads(config.threads or 1)
+    settings = config.layer_settings(images=not isinstance(adapter, TextAdapter))
+    protection = config.protection_settings(adapter.task)
+    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
+    columns = {name: values.tolist() for name, values in examples.attributes.items()}
+    identified = {
+        "weights": adapter.weights_digest(), "examples": examples.digest, "attributes": _digest(columns),
+        "groups": _digest(None if examples.groups is None else list(examples.groups)), "lmleak": version("lmleak"),
+    }  # fmt: skip
+    folder = ResultFolder(config.output, decisive, identity=identified, resume=config.resume)
+    store = _captured(folder, adapter, examples, settings.capture, state)
+    analysis = LayerAnalysis(adapter, examples, store, settings)
+    rows = run_items(
+        analysis.measures(), lambda _, measure: analysis.rows(measure), folder, state, label="measuring layers"
+    )
+    scores = layer_scores(rows)
+    orders = protection_orders(analysis, scores, protection)
+    sets = hidden_sets(orders, protection.steps)
+    guard = Protection(analysis, protection)
+    within = ResultFolder(folder.path / "protection", decisive, identity=identified | {"sets": _digest(sets)})
+    left = run_items(sets, lambda _, hidden: [guard.row(hidden)], within, state, label="hiding layers")
+    meta = describe(config, adapter, examples, analysis, state, command) | {"seconds": time.perf_counter() - start}
+    return LayersResult(rows, rank_agreement(scores, seed=config.seed), orders, left, meta, folder.path)
+
+
+def _captured(
+    folder: ResultFolder,
+    adapter: ModelAdapter,
+    examples: LabelledExamples,
+    settings: CaptureSettings,
+    state: PartialState,
+) -> GradientStore:
+    """Write the store on the main process, behind a progress bar, and open it on all."""
+    path = folder.path / "gradients"
+
+    def capture() -> None:
+        folder.open()
+        with _progress(state, examples.size, "capturing gradients") as advance:
+            capture_store(adapter, examples, path, settings, advance=lambda n: [advance() for _ in range(n)])
+
+    _on_main(state, capture)
+    return GradientStore(path)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def describe(
+    config: LayersConfig,
+    adapter: ModelAdapter,
+    examples: LabelledExamples,
+    analysis: LayerAnalysis,
+    state: PartialState,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return the circumstances of a run, for the report."""
+    libraries = ("torch", "transformers", "scikit-learn", "accelerate")
+    sharing = analysis.settings.capture.sharing
+    return {
+        "model": config.model,
+        "task": adapter.task,
+        "data": examples.name,
+        "examples": examples.size,
+        "attributes": {name: _counts(values.tolist()) for name, values in examples.attributes.items()},
+        "originals": list(examples.originals),
+        "layers": {layer: analysis.parameters[layer] for layer in analysis.layers},
+        "batch_size": config.batch_size,
+        "shared": sharing.shared,
+        "defense": sharing.defense.describe(),
+        "dropout": config.dropout,
+        "local_steps": config.local_steps,
+        "families": list(config.families),
+        "features": config.features,
+        "gradients": len(analysis.chosen),
+        "noise": config.noise,
+        "steps": config.steps,
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in adapter.parameters().values()),
+        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
+        | {name: version(name) for name in libraries},
+        "commit": source_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "world_size": state.num_processes,
+        "device": str(adapter.device),
+    }
+
+
+def _counts(values: Sequence) -> Mapping[str, int]:
+    return {str(value): values.count(value) for value in sorted(set(values))}

@@ -1,0 +1,138 @@
+"""From the settings of ``lmleak layers`` to a model and its labelled private examples."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import PartialState
+from transformers.utils.logging import disable_progress_bar
+
+from lmleak.adapters import ARCHITECTURES, ModelAdapter, TextAdapter, VisionAdapter, load_adapter
+from lmleak.data import Examples, load_examples
+from lmleak.data.embedded import LABELS, messages
+from lmleak.data.images import ImageData, load_images
+from lmleak.errors import ConfigError, DataError, UnsupportedModelError
+from lmleak.evaluation.image_study import ImageStudyConfig, image_study
+from lmleak.evaluation.labels import class_numbers
+from lmleak.evaluation.layers_config import LayersConfig
+from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
+from lmleak.lookup import lookup
+
+EMBEDDED_SEED = 101  # of the embedded messages: not that of the reference models' training texts
+
+
+def load_labelled(config: LayersConfig, state: PartialState) -> tuple[ModelAdapter, LabelledExamples]:
+    """Load the model and the data.
+
+    Args:
+        config: The settings.
+        state: This process's place, for the device.
+
+    Returns:
+        The adapter and the examples.
+
+    Raises:
+        ConfigError: If the device is absent, or an option is not one of this kind of data.
+        UnsupportedModelError: If the model reads neither texts nor images.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
+    device = str(state.device) if config.device == "auto" else config.device
+    disable_progress_bar()  # of weight loading; the audit has its own
+    if config.model in ARCHITECTURES:
+        data = load_images(config.data or "digits", split=config.split, size=config.image_size, limit=config.samples)
+        settings = ImageStudyConfig(
+            samples=1, normalization=config.normalization, seed=config.seed, device=device,
+            shared=config.shared or "all",
+        )  # fmt: skip
+        adapter = image_study(settings, config.model, data, state, initialization=config.initialization).adapter
+        return adapter, _images(config, adapter, data)
+    adapter = load_adapter(config.model, task=config.task, tokenizer=config.tokenizer, device=device, seed=config.seed)
+    if isinstance(adapter, TextAdapter):
+        return adapter, _texts(config, adapter)
+    if isinstance(adapter, VisionAdapter):
+        data = load_images(config.data or "digits", split=config.split, size=config.image_size, limit=config.samples)
+        return adapter, _images(config, adapter, data)
+    raise UnsupportedModelError(f"{config.model!r} is of task {adapter.task!r}; expected a model of texts or images")
+
+
+def _images(config: LayersConfig, adapter: VisionAdapter, data: ImageData) -> LabelledExamples:
+    for option in ("text_column", "label_column", "attribute_column", "group_column", "max_length"):
+        if getattr(config, option):
+            raise ConfigError(f"{option} belongs to texts, and {config.model!r} reads images; drop it")
+    wanted = config.attribute or ["label"]
+    attributes = {name: lookup("attribute", name, IMAGE_ATTRIBUTES)(data) for name in wanted}
+    return image_examples(adapter, data.pixels, data.labels, attributes, name=data.name)
+
+
+def _texts(config: LayersConfig, adapter: TextAdapter) -> LabelledExamples:
+    for option in ("image_size", "normalization", "initialization"):
+        if getattr(config, option):
+            raise ConfigError(f"{option} belongs to images, and {config.model!r} reads texts; drop it")
+    if config.data is None:
+        written = messages(config.samples, seed=EMBEDDED_SEED)
+        names = tuple(LABELS[message.label] for message in written)
+        examples, columns = Examples(tuple(m.text for m in written), names, "embedded messages"), {}
+        if config.attribute_column or config.group_column:
+            raise ConfigError("attribute_column and group_column name columns of data=, which is not given")
+    else:
+        examples = _column(config, config.label_column)
+        columns = {name: _values(config, name) for name in config.attribute_column}
+    wanted = config.attribute or ([] if columns else (["number", "label"] if config.data is None else ["label"]))
+    for name in wanted:
+        columns[name] = lookup("attribute", name, TEXT_ATTRIBUTES)(examples)
+    labels = None
+    if adapter.task == "sequence-classification":
+        labels = class_numbers(examples.labels, adapter, examples.origin)
+    groups = None if config.group_column is None else _values(config, config.group_column)
+    return text_examples(
+        adapter, examples.texts, columns, labels=labels, groups=groups, max_length=config.max_length,
+        name=examples.origin,
+    )  # fmt: skip
+
+
+def _column(config: LayersConfig, label_column: str | None) -> Examples:
+    return load_examples(
+        config.data, text_column=config.text_column, label_column=label_column, split=config.split,
+        limit=config.samples,
+    )  # fmt: skip
+
+
+def _values(config: LayersConfig, column: str) -> Sequence[int | str]:
+    """Return one column of the data, all words or all numbers.
+
+    Args:
+        config: The settings.
+        column: Its name.
+
+    Returns:
+        One value per text.
+
+    Raises:
+        DataError: If a value is missing.
+    """
+    values = _column(config, column).labels
+    missing = [number for number, value in enumerate(values, 1) if value is None or value == ""]
+    if missing:
+        raise DataError(
+            f"column {column!r} of {config.data} has no value in example {missing[0]} ({len(missing)} in all); "
+            "leave those rows out, or write a word of its own such as unknown"
+        )
+    return values if all(isinstance(value, int) for value in values) else [str(value) for value in values]
+
+
+def _class(examples: Examples) -> Sequence:
+    if examples.labels is None:
+        raise DataError(f"{examples.origin} has no class column to take as an attribute; pass attribute_column=")
+    return list(examples.labels)
+
+
+TEXT_ATTRIBUTES: dict[str, Callable[[Examples], Sequence]] = {
+    "label": _class,
+    "number": lambda examples: [any(letter.isdigit() for letter in text) for text in examples.texts],
+}
+"""Attributes of texts that are read off the data: its class, and whether a text holds a digit."""
+IMAGE_ATTRIBUTES: dict[str, Callable[[ImageData], Sequence]] = {
+    "label": lambda data: data.labels,
+    "parity": lambda data: data.labels % 2,
+}
+"""Attributes of images that are read off the data: its class, and whether the class's number is odd."""
