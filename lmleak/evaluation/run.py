@@ -8,20 +8,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lmleak.errors import ConfigError, LmleakError
+from lmleak.errors import ConfigError, DataError, LmleakError
 from lmleak.evaluation.shards import ResultFolder
 
 T = TypeVar("T")
 REFUSED = 2  # exit status, as of the command line
+PATIENCE = timedelta(days=1)
+"""How long a process that has finished waits for the others, which may have far more left than the usual half hour.
+Not for ever: a run that gives up resumes."""
 
 
 def process_state(expected: int | None = None) -> PartialState:
@@ -36,8 +38,7 @@ def process_state(expected: int | None = None) -> PartialState:
     Raises:
         ConfigError: If another number of processes is really running.
     """
-    # A process that has finished waits for the others, which may take longer than the default half hour.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = launched if expected is None else expected
     if state.num_processes != wanted:
@@ -54,8 +55,44 @@ def finish(state: PartialState) -> None:
     Args:
         state: This process's place.
     """
-    state.wait_for_everyone()
+    gather([None], state)
     state.destroy_process_group()
+    _gloo.cache_clear()
+
+
+def gather(values: list[T], state: PartialState) -> list[T]:
+    """Return the values of all processes, in the order of their numbers; every process must call it.
+
+    Over gloo on every hardware: its connections break, and the call raises, as soon as a process dies, where NCCL
+    waits until its time is up.
+
+    Args:
+        values: Anything that can be pickled.
+        state: This process's place.
+
+    Returns:
+        The lists of all processes, joined.
+
+    Raises:
+        DataError: If a process has died, or does not come within ``PATIENCE``.
+    """
+    if state.num_processes == 1:
+        return values
+    everyone: list[list[T]] = [[] for _ in range(state.num_processes)]
+    try:
+        torch.distributed.all_gather_object(everyone, values, group=_gloo())
+    except RuntimeError as error:  # gloo's and torch.distributed's errors are of this kind
+        raise DataError(
+            f"another of the {state.num_processes} processes died or does not answer; what is finished is kept, run "
+            f"the same command again to resume ({str(error).strip().splitlines()[0][:200]})"
+        ) from error
+    return [value for part in everyone for value in part]
+
+
+@cache
+def _gloo() -> torch.distributed.ProcessGroup:
+    """Return all processes as one gloo group, made at first use."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def exit_status(study: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
@@ -96,9 +133,9 @@ def run_items(
         All rows in item order, on every process. If one process refuses an item, all stop and raise its refusal;
         what was finished stays.
     """
-    _on_main(state, folder.open)
-    done = folder.finished()
-    remaining = [i for i in range(len(items)) if i not in done]
+    # What remains is read by one process for all: another, later, would find what the first has finished since, take
+    # it off the list, and split another list.
+    remaining = _on_main(state, lambda: _remaining(folder, len(items)))
     failure: Exception | None = None
     with state.split_between_processes(remaining) as mine, _progress(state, len(mine), label) as advance:
         for i in mine:
@@ -109,22 +146,28 @@ def run_items(
                 break
             advance()
     # Every process learns of a refusal, or those that wait in the gather below would wait for ever.
-    failures = [f for f in gather_object([failure]) if f is not None]
+    failures = [f for f in gather([failure], state) if f is not None]
     if failures:
         raise failures[0]
     rows = _on_main(state, lambda: folder.merge(range(len(items))))
     return rows
 
 
+def _remaining(folder: ResultFolder, count: int) -> list[int]:
+    folder.open()
+    done = folder.finished()
+    return [i for i in range(count) if i not in done]
+
+
 def _on_main(state: PartialState, action: Callable[[], T]) -> T:
     """Run an action on the main process and return its result, or raise its refusal, on all."""
-    outcome: list = [None]
+    outcome: list = []
     if state.is_main_process:
         try:
             outcome = [(True, action())]
         except LmleakError as error:
             outcome = [(False, error)]
-    succeeded, value = gather_object(outcome)[0]
+    ((succeeded, value),) = gather(outcome, state)
     if not succeeded:
         raise value
     return value

@@ -1,9 +1,11 @@
 """Results on disk: one append-only file per process, merged at the end, safe to kill at any moment.
 
 Folder: ``config.yaml`` (resolved, replayable), ``shards/rank-<r>.jsonl`` (one line per finished item, whole or
-absent), ``results.jsonl`` (all rows in item order, written only when everything is finished).
+absent, with a digest of its rows), ``results.jsonl`` (all rows in item order, written only when everything is
+finished).
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -51,7 +53,7 @@ class ResultFolder:
                 raise ConfigError(
                     f"{self.path} holds results already; pass resume=true to continue or another output="
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not _is_unborn(entry) for entry in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no lmleak results; choose another output=")
         try:
             self.shards.mkdir(parents=True, exist_ok=True)
@@ -66,21 +68,21 @@ class ResultFolder:
         """Return the rows of every finished item by item number."""
         done: dict[int, list[dict]] = {}
         for shard in sorted(self.shards.glob("rank-*.jsonl")):
-            for number, line in enumerate(shard.read_text(encoding="utf-8").splitlines(), 1):
+            # Lines end with "\n" alone: str.splitlines would also cut at U+2028 or U+0085 within a text.
+            for number, line in enumerate(shard.read_bytes().split(b"\n")[:-1], 1):
                 try:
-                    entry = json.loads(line)
-                    if not all(isinstance(row, dict) and "key" in row for row in entry["rows"]):
-                        raise ValueError("its rows have no key")
-                    done.setdefault(int(entry["item"]), entry["rows"])
+                    item, rows = _entry(line)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{shard}, line {number} is damaged ({error}); delete that line to redo it"
                     ) from error
+                done.setdefault(item, rows)
         return done
 
     def append(self, rank: int, item: int, rows: list[dict]) -> None:
         """Record a finished item: one line, flushed to the disk before this returns."""
-        line = json.dumps({"item": item, "rows": rows}, allow_nan=False, ensure_ascii=False)
+        content = json.dumps({"item": item, "rows": rows}, allow_nan=False, ensure_ascii=False)
+        line = f'{{"digest": "{_digest(content.encode())}", {content[1:]}'
         shard = self.shards / f"rank-{rank}.jsonl"
         with refused_writes(shard), open(shard, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -107,6 +109,29 @@ class ResultFolder:
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
         write_text_atomically(self.path / "results.jsonl", text)
         return rows
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _entry(line: bytes) -> tuple[int, list[dict]]:
+    """Return number and rows of a finished item; ValueError unless the line is what was written, to the bit."""
+    head, _, rest = line.partition(b'", ')
+    content = b"{" + rest
+    if head != b'{"digest": "' + _digest(content).encode():
+        raise ValueError("it is not what was written: its digest differs")
+    entry = json.loads(content)
+    if not all(isinstance(row, dict) and "key" in row for row in entry["rows"]):
+        raise ValueError("its rows have no key")
+    return int(entry["item"]), entry["rows"]
+
+
+def _is_unborn(entry: Path) -> bool:
+    """Return whether a run that was killed while it made its folder left this: no finished item can be in it."""
+    if entry.name == "shards":
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name == "identity.yaml" or entry.name.startswith((".identity.yaml.", ".config.yaml."))
 
 
 def _drop_torn_line(shard: Path) -> None:
