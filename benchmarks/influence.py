@@ -1,147 +1,197 @@
-"""Time and memory of I_lb and damped I2F at full model shapes, in units of one gradient of the same model.
+"""Time and memory of the risk numbers at full model shapes, in seconds and in gradients of the same model and run.
 
-    python -m benchmarks.influence                      # BERT-base and GPT-2 small shapes, 32 tokens
-    python -m benchmarks.influence --tokens 16 64 --shapes configs/models/gpt2.yaml
+    python -m benchmarks.influence                                # the default table: PLAN below
+    python -m benchmarks.influence --shapes gpt2 --lengths 16 64 --pieces product bound
+    python -m benchmarks.influence --all                          # every shape, 16 to 512 tokens, every piece: hours
+    python -m benchmarks.influence --device cuda --budget 450     # the GPU table: GPU_PLAN
+    python -m benchmarks.influence --fit                          # slopes over length, layers, width and batch
 
-Every case runs in a process of its own, so that its peak memory is its own. Writes a JSON line per case to --output
-and prints a table. With --reference, the way that is widely used is measured too: scipy's eigsh over parameter space
-with a double backward per product, started anew each time.
+Pieces, each after those before it in its process:
+
+  product     set-up of the operator and one product A v
+  bound       I_lb: set-up, J delta for seeded noise, lambda_max bracketed to 1 % except with probability 1e-3
+  certified   the CG lower bound of I2F after 10 products, which needs no eigenvalue
+  damped      I2F at damping 1e-4 lambda_max, to a residual of 1e-3
+  sweep       the same at 8 noise levels and 4 dampings (1e-4 to 1e-1 lambda_max)
+  expected    mean over the noise of I2F at that damping: 2 probes of 80 products, with standard error
+  descent     published: fixed-step descent for the damped I2F, 2 of its 2,000 steps measured
+  eigsh       published: lambda_max by scipy's eigsh over parameter space, double backward anew each time
+  attacks     one step of dlg, tag and gs, times the published number of steps (2,500, 2,500 and 2,000)
+  agreement   the same numbers on the CPU and on --device
+
+The published algorithm, attacks and agreement run in processes of their own (benchmarks/reference.py). A case that was
+measured at this commit on this machine is not measured again, so that an interrupted run goes on. Appends JSON lines
+to --output and writes a table beside it (.md). Numbers that did not converge are marked with *.
 """
 
 import argparse
 import json
-import platform
-import resource
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.cases import run_cases
+from benchmarks.cases import ROOT, markdown, run_cases, shown, table
+from benchmarks.influence_measures import clock, report
+
+__all__ = ["clock", "report"]
 
 SHAPES = ["configs/models/bert-base.yaml", "configs/models/gpt2.yaml"]
+GROUPS = {
+    "influence": ("product", "bound", "certified", "damped", "sweep", "expected"),
+    "published": ("descent", "eigsh"),
+    "attacks": ("attacks",),
+    "agreement": ("agreement",),
+}
+PIECES = [piece for pieces in GROUPS.values() for piece in pieces]
+LENGTHS = [16, 32, 64, 128, 256, 512]
+RISK = ["product", "bound", "certified", "damped", "expected"]
+PLAN = [
+    ("reference-gpt2", [32], [*RISK, "sweep", "descent", "eigsh", "attacks"]),
+    ("bert-base", [32], [*RISK, "descent", "attacks"]),
+    ("bert-base", [128], ["product", "bound"]),
+    ("gpt2", [32], ["product", "bound", "certified", "damped", "attacks"]),
+    ("gpt2", [128], ["product", "bound"]),
+    ("gpt2-medium", [32], ["product", "bound", "certified"]),
+    ("bert-base", [32], ["eigsh"]),
+]  # shape, tokens, pieces: about 15 minutes on two cores, of which eigsh takes 5
+GPU_PLAN = [
+    (shape, [32, 128, 512], RISK) for shape in ("bert-base", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+] + [(shape, [32], ["agreement"]) for shape in ("bert-base", "gpt2")] + [
+    (shape, [32], ["attacks"]) for shape in ("bert-base", "gpt2", "gpt2-xl")
+] + [("bert-base", [32], ["eigsh"])]  # fmt: skip
 
 
 def main() -> None:
-    """Run every case in a subprocess and print the table."""
+    """Run every case in a subprocess, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shape files")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32], help="tokens per text")
+    parser.add_argument("--shapes", nargs="+", help="shape files, names in configs/models, or names for load_adapter")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens per text")
+    parser.add_argument("--pieces", nargs="+", choices=PIECES, help="what is measured")
+    parser.add_argument("--all", action="store_true", help="all shapes, lengths and pieces that are not chosen")
+    parser.add_argument("--fit", action="store_true", help="sweep length, layers, width and batch, and fit slopes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--reference", action="store_true", help="also measure eigsh in parameter space")
-    parser.add_argument("--output", default="runs/benchmarks/influence.jsonl")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    parser.add_argument("--output", default=None, help="JSON lines; by default runs/benchmarks/influence-DEVICE.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(**json.loads(options.case))))
+        from benchmarks.influence_measures import measure
+
+        for row in measure(**json.loads(options.case)):
+            print(json.dumps(row), flush=True)
         return
-    cases = [
-        {"shape": shape, "tokens": tokens, "threads": options.threads, "device": options.device,
-         "reference": options.reference}
-        for shape in options.shapes
-        for tokens in options.tokens
+    if options.fit:
+        from benchmarks.influence_scaling import run_fit
+
+        run_fit(options)
+        return
+    output = Path(options.output or f"runs/benchmarks/influence-{options.device.partition(':')[0]}.jsonl")
+    rows = run_cases("benchmarks.influence", cases_of(options), str(output), budget=options.budget)
+    if not rows:
+        return
+    merged = by_shape_and_length(rows)
+    titles, lines = turned(merged)
+    Console(width=200).print(table("Cost of the risk numbers († extrapolated)", titles, lines))
+    page = markdown("Cost of the risk numbers", titles, lines, rows[-1]["provenance"], notes(merged))
+    output.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def cases_of(options: argparse.Namespace) -> list[dict]:
+    """Return what to measure: the plan, or the product of what was chosen."""
+    on_gpu = options.device != "cpu"
+    chosen = options.shapes or options.lengths or options.pieces or options.all
+    if chosen:
+        default_shapes = ["reference-bert", "reference-gpt2", "bert-base", "gpt2", "gpt2-medium"]
+        shapes = options.shapes or (default_shapes if options.all else ["bert-base", "gpt2"])
+        lengths = options.lengths or (LENGTHS if options.all else [32])
+        pieces = options.pieces or ([p for p in PIECES if p != "agreement"] if options.all else RISK)
+        plan = [(shape, lengths, pieces) for shape in shapes]
+    else:
+        plan = GPU_PLAN if on_gpu else PLAN
+    return [
+        {"group": group, "shape": shape_source(shape), "tokens": part, "pieces": [p for p in own if p in pieces],
+         "device": options.device, "threads": options.threads}
+        for shape, lengths, pieces in plan
+        for group, own in GROUPS.items()
+        if set(own) & set(pieces)
+        # On a GPU the peak can be started anew; on the CPU each length has a process and so a peak of its own.
+        for part in ([lengths] if on_gpu else [[length] for length in lengths])
     ]  # fmt: skip
-    Console(width=150).print(table(run_cases("benchmarks.influence", cases, options.output)))
 
 
-def measure(shape: str, tokens: int, threads: int, device: str, reference: bool) -> dict:
-    """Return the figures of one model shape and length."""
-    from lmleak import GradientJacobian, capture_gradient, load_adapter
-    from lmleak.influence import InfluenceSolver
-
-    torch.set_num_threads(threads)
-    adapter = load_adapter(shape, device=device)
-    ids = torch.randint(10, 1000, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = adapter.batch([ids], [0] if adapter.task == "sequence-classification" else None)
-    baseline_memory = peak_gib()
-    gradient = [clock(lambda: capture_gradient(adapter, batch), device) for _ in range(4)]
-    gradient_seconds = sorted(seconds for seconds, _ in gradient[1:])[1]  # the first warms up
-    std = gradient[0][1].rms
-    gradient_memory = peak_gib()
-
-    setup_seconds, jacobian = clock(lambda: GradientJacobian(adapter, batch), device)
-    v = jacobian.free.to(jacobian.dtype)
-    product_seconds = min(clock(lambda: jacobian.gram(v), device)[0] for _ in range(3))
-    report(f"gradient {gradient_seconds:.2f} s, set-up {setup_seconds:.2f} s, product {product_seconds:.2f} s")
-    solver = InfluenceSolver(jacobian, adapter.prior())
-    bound_seconds, bracket = clock(lambda: solver.lambda_max, device)
-    report(f"lambda_max: {bracket.iterations} products, {bound_seconds:.0f} s")
-    damping = 1e-4 * bracket.value
-    solve_seconds, result = clock(lambda: solver.sweep([std], [damping])[0][0], device)
-    report(f"damped I2F: {result.products} products, {solve_seconds:.0f} s, residual {result.residual:.1e}")
-    figures = {
-        "shape": Path(shape).stem, "tokens": tokens, "device": device, "threads": threads,
-        "parameters": jacobian.shape[1], "dx": jacobian.dx,
-        "gradient_seconds": gradient_seconds, "setup_gradients": setup_seconds / gradient_seconds,
-        "product_gradients": product_seconds / gradient_seconds,
-        "lambda_max": bracket.upper, "lambda_max_width": bracket.upper / bracket.value - 1,
-        "lambda_max_products": bracket.iterations,
-        "lower_bound_seconds": setup_seconds + bound_seconds,
-        "lower_bound_gradients": (setup_seconds + bound_seconds) / gradient_seconds,
-        "damping_over_lambda_max": 1e-4,
-        "influence_rms": result.influence.rms, "influence_residual": result.residual, "converged": result.converged,
-        "influence_products": result.products, "influence_gradients": solve_seconds / gradient_seconds,
-        "influence_seconds": solve_seconds,
-        "peak_gib": peak_gib(), "gradient_peak_gib": gradient_memory, "model_peak_gib": baseline_memory,
-        "machine": f"{platform.machine()}, {threads} threads", "torch": torch.__version__,
-    }  # fmt: skip
-    if reference:
-        from benchmarks.reference import parameter_space_lambda_max
-
-        del jacobian, solver, result
-        reference_seconds, value = clock(lambda: parameter_space_lambda_max(adapter, batch), device)
-        figures |= {
-            "reference_lambda_max": value,
-            "reference_gradients": reference_seconds / gradient_seconds,
-            "reference_peak_gib": peak_gib(),
-        }
-    return figures
+def shape_source(name: str) -> str:
+    """Return the name of a shape as ``load_adapter`` reads it."""
+    known = ROOT / "configs" / "models" / f"{name}.yaml"
+    return str(known.relative_to(ROOT)) if known.exists() else name
 
 
-def report(line: str) -> None:
-    """Say how far the case is."""
-    print(f"  {line}", file=sys.stderr, flush=True)
+def by_shape_and_length(rows: list[dict]) -> list[dict]:
+    """Return the figures of all processes of one shape and length as one row each, with ratios between them."""
+    merged: dict[tuple, dict] = {}
+    for row in rows:
+        if "skipped" not in row:
+            merged.setdefault((row["shape"], row["tokens"], row["device"]), {}).update(row)
+    for row in merged.values():
+        for piece, flag in (("damped", "converged"), ("expected", "expected_converged")):
+            if row.get(flag) is False:
+                row[f"{piece}_cost"] = f"{shown(row[f'{piece}_gradients'])}*"
+            elif f"{piece}_gradients" in row:
+                row[f"{piece}_cost"] = row[f"{piece}_gradients"]
+        if "eigsh_seconds" in row and "bound_seconds" in row:
+            row["eigsh_speedup"] = row["eigsh_seconds"] / row["bound_seconds"]
+            row["eigsh_memory"] = row["eigsh_peak_gib"] / row["bound_peak_gib"]
+        if "descent_seconds" in row and "damped_seconds" in row:
+            row["descent_speedup"] = row["descent_seconds"] / row["damped_seconds"]
+        if "dlg_seconds" in row and "bound_seconds" in row:
+            row["dlg_over_bound"] = row["dlg_seconds"] / row["bound_seconds"]
+    return list(merged.values())
 
 
-def clock(action: Callable, device: str) -> tuple[float, object]:
-    """Return the seconds an action took, and its value."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    value = action()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, value
+LINES = {
+    "coordinates dx": "dx", "one gradient, s": "gradient_seconds", "set-up": "setup_gradients",
+    "product A v": "product_gradients", "I_lb, s": "bound_seconds", "I_lb": "bound_gradients",
+    "I_lb, products": "bound_products", "CG bound": "certified_gradients",
+    "CG bound over I_lb": "certified_over_bound",
+    "damped I2F, s": "damped_seconds", "damped I2F": "damped_cost", "damped I2F, products": "damped_products",
+    "damped I2F, residual": "residual", "sweep over one solve": "sweep_ratio", "expected I2F": "expected_cost",
+    "expected I2F, products": "expected_products", "expected I2F, relative s.e.": "expected_relative_error",
+    "peak GiB, gradient": "gradient_peak_gib", "peak GiB, I_lb": "bound_peak_gib",
+    "peak GiB, damped I2F": "damped_peak_gib", "eigsh, s": "eigsh_seconds", "eigsh, calls": "eigsh_calls",
+    "eigsh, peak GiB": "eigsh_peak_gib", "eigsh over I_lb, seconds": "eigsh_speedup",
+    "eigsh over I_lb, GiB": "eigsh_memory", "descent, s †": "descent_seconds",
+    "descent over damped I2F, seconds": "descent_speedup", "dlg, s †": "dlg_seconds", "tag, s †": "tag_seconds",
+    "gs, s †": "gs_seconds", "dlg step": "dlg_step_gradients", "tag step": "tag_step_gradients",
+    "gs step": "gs_step_gradients", "dlg over I_lb, seconds": "dlg_over_bound",
+    "largest relative difference from the CPU": "agreement",
+}  # fmt: skip
+NOTES = """
+Costs are in gradients of the same model and process where no unit stands: one gradient is the loss and its plain
+backward pass over the shared parameters, the median of five. set-up: building the operator with its first product;
+product: one A v; I_lb: set-up, J delta and lambda_max to 1 %; damped: I2F at 1e-4 lambda_max to a residual of 1e-3,
+set-up and J delta included; expected: 2 probes of 80 products, s.e. relative. peak GiB: of the whole process up to and
+with I_lb; gradient GiB: up to and with the gradient. Published algorithm: eigsh over parameter space (tolerance 1e-3);
+fixed-step descent. † extrapolated: the measured seconds of one step times the published number of steps (descent
+2,000; dlg and tag 2,500, gs 2,000). * not converged within the products allowed. One text of random tokens, random
+weights, float32 without TF32.
+"""
 
 
-def peak_gib() -> float:
-    """Return this process's peak memory in GiB: of the GPU if one is in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def notes(rows: list[dict]) -> str:
+    """Return what the figures mean, with the device."""
+    devices = sorted({f"{r['device']}, {r['threads']} threads" for r in rows})
+    return f"{NOTES.strip()} Device: {'; '.join(devices)}."
 
 
-def table(results: list[dict]) -> Table:
-    """Return the figures as a table; times in gradients of the same run."""
-    columns = {
-        "shape": "shape", "tokens": "tokens", "gradient s": "gradient_seconds", "set-up": "setup_gradients",
-        "product": "product_gradients", "I_lb": "lower_bound_gradients", "(products)": "lambda_max_products",
-        "I2F damped": "influence_gradients", "(products) ": "influence_products", "residual": "influence_residual",
-        "peak GiB": "peak_gib", "of a gradient": "gradient_peak_gib",
-        "eigsh": "reference_gradients", "eigsh GiB": "reference_peak_gib",
-    }  # fmt: skip
-    shown = {title: key for title, key in columns.items() if key in results[0]}
-    grid = Table(title="Cost in gradients of the same model (set-up, product, I_lb, I2F, eigsh)")
-    for title in shown:
-        grid.add_column(title, justify="right")
-    for result in results:
-        grid.add_row(*(f"{result[k]:.3g}" if isinstance(result[k], float) else str(result[k]) for k in shown.values()))
-    return grid
+def turned(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and lines with a column per shape and length, of the figures that some have."""
+    titles = ["", *(f"{row['shape']}, {row['tokens']}" for row in rows)]
+    lines = [
+        [title, *(shown(row.get(key)) for row in rows)]
+        for title, key in LINES.items()
+        if any(row.get(key) is not None for row in rows)
+    ]
+    return titles, lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,318 @@
+"""What benchmarks.influence measures, one function per process; see there."""
+
+import gc
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from benchmarks.reference import ParameterSpace, descent_step, parameter_space_lambda_max, plain_gradient
+
+BOUND_TOLERANCE = 0.01
+RELATIVE_DAMPING, RESIDUAL = 1e-4, 1e-3
+CERTIFIED_PRODUCTS = 10
+PROBES, PROBE_STEPS = 2, 80
+DESCENT_STEPS = 2000
+PUBLISHED_STEPS = {"dlg": 2500, "tag": 2500, "gs": 2000}
+"""Steps per restart of the published text attacks: LAMP's harness (arXiv:2202.08827) runs DLG and TAG for 2,500 and
+the cosine objective for 2,000."""
+
+
+def measure(
+    group: str, shape: str, tokens: list[int], pieces: list[str], device: str, threads: int,
+    batch: int = 1, layers: int | None = None, width: int | None = None,
+) -> Iterator[dict]:  # fmt: skip
+    """Yield the figures of one process: one row per length.
+
+    Args:
+        group: Which measure.
+        shape: Name for ``load_adapter``.
+        tokens: Lengths.
+        pieces: Which of the group's pieces.
+        device: Where.
+        threads: CPU threads.
+        batch: Texts per gradient.
+        layers: Number of layers instead of the shape's.
+        width: Hidden size instead of the shape's.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    adapter = load(shape, layers, width, device)
+    parameters = sum(p.numel() for p in adapter.parameters().values())
+    common = {
+        "shape": Path(shape).stem, "device": device, "threads": threads, "batch": batch, "layers": layers,
+        "width": width, "parameters": parameters,
+    }  # fmt: skip
+    for length in tokens:
+        if (most := adapter.max_positions()) and length > most:
+            yield common | {"tokens": length, "skipped": f"at most {most} positions"}
+            continue
+        restart_peak(device)
+        private = random_batch(adapter, batch, length)
+        yield common | {"tokens": length} | MEASURES[group](adapter, private, pieces, device)
+
+
+def load(shape: str, layers: int | None, width: int | None, device: str):
+    """Return the adapter of a shape, with another number of layers or hidden size where given (heads of 64)."""
+    from lmleak import load_adapter
+
+    if layers is None and width is None:
+        return load_adapter(shape, device=device)
+    description = yaml.safe_load(Path(shape).read_text(encoding="utf-8"))
+    gpt2 = description["model_type"] == "gpt2"
+    config = description["config"]
+    if layers is not None:
+        config["n_layer" if gpt2 else "num_hidden_layers"] = layers
+    if width is not None:
+        sizes = {"n_embd": width} if gpt2 else {"hidden_size": width, "intermediate_size": 4 * width}
+        config |= sizes | {"n_head" if gpt2 else "num_attention_heads": max(1, width // 64)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shape.yaml"
+        path.write_text(yaml.safe_dump(description), encoding="utf-8")
+        return load_adapter(str(path), device=device)
+
+
+def random_batch(adapter, batch: int, tokens: int):
+    """Return random texts of one length, the same for every model."""
+    ids = torch.randint(10, 1000, (batch, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return adapter.batch(ids, [0] * batch if adapter.task == "sequence-classification" else None)
+
+
+# The risk numbers ------------------------------------------------------------------------------------------
+
+
+def influence(adapter, batch, pieces: list[str], device: str) -> dict:
+    """Return the cost of each risk number and the numbers themselves."""
+    from lmleak import GradientJacobian
+    from lmleak.influence import InfluenceSolver, expected_influence, sample_spectrum
+    from lmleak.linops import krylov_solve, lanczos
+
+    timed = partial(clock, device=device)
+    gradient_seconds, gradient = median(lambda: plain_gradient(adapter, batch), device)
+    noise_std = rms(gradient)
+    del gradient
+    figures = {"gradient_seconds": gradient_seconds, "gradient_peak_gib": peak_gib(device)}
+
+    def cost(piece: str, seconds: float, products: int | None = None) -> None:
+        figures.update({
+            f"{piece}_seconds": seconds, f"{piece}_gradients": seconds / gradient_seconds,
+            f"{piece}_peak_gib": peak_gib(device), **({} if products is None else {f"{piece}_products": products}),
+        })  # fmt: skip
+        report(f"{piece}: {seconds:.3g} s, {seconds / gradient_seconds:.3g} gradients, {products or 1} products")
+
+    def operator() -> GradientJacobian:
+        jacobian = GradientJacobian(adapter, batch)
+        jacobian.gram(jacobian.free.to(jacobian.dtype))  # the first product makes what the others reuse
+        return jacobian
+
+    setup_seconds, jacobian = timed(operator)
+    v = torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(1)).to(jacobian.x)
+    pairs = [(timed(lambda: plain_gradient(adapter, batch))[0], timed(lambda: jacobian.gram(v))[0]) for _ in range(5)]
+    figures["dx"] = jacobian.dx
+    cost("setup", setup_seconds)
+    cost("product", sorted(product for _, product in pairs)[2])
+    figures["product_gradients"] = sorted(p for _, p in pairs)[2] / sorted(g for g, _ in pairs)[2]
+
+    solver = InfluenceSolver(jacobian, adapter.prior(), tol=BOUND_TOLERANCE / 2)
+    response_seconds, response = timed(lambda: noise_response(solver, noise_std))
+    if {"bound", "certified", "damped", "sweep", "expected"} & set(pieces):
+        bracket_seconds, bracket = timed(lambda: solver.lambda_max)
+        bound = response.norm().item() / bracket.upper
+        figures |= {"lambda_max": bracket.upper, "bound_l2": bound, "bound_converged": bracket.converged}
+        cost("bound", setup_seconds + response_seconds + bracket_seconds, bracket.iterations)
+        damping = RELATIVE_DAMPING * bracket.value
+    if "certified" in pieces:
+        run = lambda: lanczos(solver.operator, response, max_products=CERTIFIED_PRODUCTS)
+        seconds, krylov = timed(run)
+        (undamped,) = krylov_solve(krylov, [0.0])
+        figures["certified_over_bound"] = undamped.lower_bounds[-1] / bound
+        cost("certified", setup_seconds + response_seconds + seconds, krylov.dimension)
+    # J delta is drawn again inside: the solver's own entry is what a user calls.
+    exact = InfluenceSolver(jacobian, adapter.prior(), tol=RESIDUAL, max_products=600)
+    if {"damped", "sweep"} & set(pieces):
+        exact.__dict__["lambda_max"] = bracket  # known from above, and not counted twice
+        seconds, ((result,),) = timed(lambda: exact.sweep([noise_std], [damping]))
+        figures |= {"damped_rms": result.influence.rms, "residual": result.residual, "converged": result.converged}
+        cost("damped", setup_seconds + seconds, result.products)
+    if "sweep" in pieces:
+        levels, dampings = [noise_std * 10**k for k in range(-4, 4)], [damping * 10**k for k in range(4)]
+        sweep_seconds, _ = timed(lambda: exact.sweep(levels, dampings))
+        figures["sweep_ratio"] = sweep_seconds / seconds
+        cost("sweep", sweep_seconds)
+    if "expected" in pieces:
+        sample = lambda: sample_spectrum(jacobian, num_probes=PROBES, steps=PROBE_STEPS)
+        seconds, spectrum = timed(sample)
+        (average,) = expected_influence(spectrum, [noise_std], adapter.prior().std, damping=damping)
+        figures |= {
+            "expected_rms": average.response.rms, "expected_converged": average.response_converged,
+            "expected_relative_error": average.response_std_error / average.response.rms,
+        }  # fmt: skip
+        cost("expected", setup_seconds + seconds, spectrum.products)
+    return figures
+
+
+def noise_response(solver, noise_std: float) -> Tensor:
+    """Return J delta for seeded Gaussian noise, (dx,)."""
+    return noise_std * solver.jacobian.flatten(solver.jacobian.matvec(solver.noise()))
+
+
+def rms(gradient: list[Tensor]) -> float:
+    """Return the root mean square over all coordinates."""
+    squares = sum(g.double().square().sum().item() for g in gradient)
+    return (squares / sum(g.numel() for g in gradient)) ** 0.5
+
+
+# What it is compared with ----------------------------------------------------------------------------------
+
+
+def published(adapter, batch, pieces: list[str], device: str) -> dict:
+    """Return the cost of the published algorithm."""
+    gradient_seconds, gradient = median(lambda: plain_gradient(adapter, batch), device)
+    noise_std = rms(gradient)
+    del gradient
+    space = ParameterSpace(adapter, batch)
+    figures = {}
+    if "descent" in pieces:
+        from lmleak import GradientJacobian
+        from lmleak.influence import InfluenceSolver
+
+        response = noise_response(InfluenceSolver(GradientJacobian(adapter, batch), adapter.prior()), noise_std)
+        response = torch.zeros_like(space.x).masked_scatter(adapter.free(batch), response)
+        b = torch.zeros_like(space.x)
+        step_seconds, _ = median(lambda: descent_step(space, b, response, 1.0), device, runs=2)
+        seconds = step_seconds * DESCENT_STEPS
+        figures |= {"descent_step_seconds": step_seconds, "descent_steps": DESCENT_STEPS, "descent_seconds": seconds,
+                    "descent_gradients": seconds / gradient_seconds}  # fmt: skip
+        report(f"descent: {step_seconds:.3g} s a step, {seconds:.3g} s for {DESCENT_STEPS} (extrapolated)")
+    if "eigsh" in pieces:
+        space.calls = 0
+        seconds, value = clock(lambda: parameter_space_lambda_max(space), device)
+        figures |= {
+            "eigsh_seconds": seconds, "eigsh_gradients": seconds / gradient_seconds, "eigsh_calls": space.calls,
+            "eigsh_lambda_max": value, "eigsh_peak_gib": host_peak_gib() + device_peak_gib(device),
+        }  # fmt: skip
+        report(f"eigsh: {space.calls} calls, {seconds:.3g} s")
+    return figures
+
+
+def attacks(adapter, batch, pieces: list[str], device: str) -> dict:
+    """Return the cost of a step of each matching attack, and of the published number of steps, extrapolated."""
+    from lmleak import capture_gradient
+    from lmleak.attacks.descent import BETAS, Matching
+    from lmleak.attacks.matching import DLG, GS, TAG
+    from lmleak.attacks.relaxed_text import RelaxedText
+
+    gradient_seconds, _ = median(lambda: plain_gradient(adapter, batch), device)
+    observation = capture_gradient(adapter, batch).observation(lengths=True, labels=True)
+    figures = {}
+    for attack in (DLG(), TAG(), GS()):
+        problem = Matching(attack, RelaxedText(adapter, observation), observation)
+        start = problem.text.draw(torch.Generator().manual_seed(0), 1.0)
+        guess = start.with_tensors(t.detach()[None].clone().requires_grad_() for t in start.tensors())
+        optimizer = torch.optim.AdamW(guess.tensors(), betas=BETAS)
+
+        def step(problem=problem, guess=guess, optimizer=optimizer) -> None:
+            _, slopes = problem.slopes(guess)
+            for unknown, slope in zip(guess.tensors(), slopes, strict=True):
+                unknown.grad = slope / slope.norm()
+            optimizer.step()
+
+        step_seconds, _ = median(step, device, runs=3)
+        seconds = step_seconds * PUBLISHED_STEPS[attack.name]
+        figures |= {
+            f"{attack.name}_step_gradients": step_seconds / gradient_seconds, f"{attack.name}_seconds": seconds,
+            f"{attack.name}_steps": PUBLISHED_STEPS[attack.name],
+        }  # fmt: skip
+        report(
+            f"{attack.name}: {step_seconds / gradient_seconds:.3g} gradients a step, {seconds:.3g} s (extrapolated)"
+        )
+    return figures | {"attacks_peak_gib": peak_gib(device)}
+
+
+def agreement(adapter, batch, pieces: list[str], device: str) -> dict:
+    """Return the largest relative difference of gradient, product, J delta, lambda_max and I2F from the CPU's."""
+    import copy
+
+    from lmleak import GradientJacobian, adapt
+    from lmleak.influence import InfluenceSolver
+
+    def numbers(adapter) -> dict[str, Tensor]:
+        private = random_batch(adapter, *batch.inputs["input_ids"].shape)
+        gradient = torch.cat([g.flatten() for g in plain_gradient(adapter, private)])
+        jacobian = GradientJacobian(adapter, private)
+        v = torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(1)).to(jacobian.x)
+        solver = InfluenceSolver(jacobian, adapter.prior())
+        damping = 1e-2 * solver.lambda_max.value
+        result = solver.sweep([rms([gradient])], [damping])[0][0]
+        values = {
+            "gradient": gradient, "product": jacobian.gram(v), "response": noise_response(solver, 1.0),
+            "lambda_max": torch.tensor(result.lambda_max), "influence": torch.tensor(result.influence.l2),
+        }  # fmt: skip
+        return {name: value.detach().double().cpu() for name, value in values.items()}
+
+    there = numbers(adapter)
+    here = numbers(adapt(copy.deepcopy(adapter.model).cpu(), tokenizer=adapter.tokenizer, task=adapter.task))
+    differences = {f"{n}_difference": ((there[n] - here[n]).norm() / here[n].norm()).item() for n in here}
+    return differences | {"agreement": max(differences.values())}
+
+
+MEASURES = {"influence": influence, "published": published, "attacks": attacks, "agreement": agreement}
+
+
+# Clocks and meters -----------------------------------------------------------------------------------------
+
+
+def report(line: str) -> None:
+    """Say how far the case is."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def clock(action: Callable, device: str) -> tuple[float, object]:
+    """Return the seconds an action took, and its value."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    value = action()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, value
+
+
+def median(action: Callable, device: str, runs: int = 5) -> tuple[float, object]:
+    """Return the median seconds of an action after a run that warms up, and its last value."""
+    value, times = action(), []
+    for _ in range(runs):
+        del value  # or two would count in the peak memory
+        seconds, value = clock(action, device)
+        times.append(seconds)
+    return sorted(times)[runs // 2], value
+
+
+def restart_peak(device: str) -> None:
+    """Count the GPU's peak anew; the CPU's is that of the whole process."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float:
+    """Return the peak memory in GiB: of the GPU since ``restart_peak``, or resident of this process."""
+    return host_peak_gib() if device == "cpu" else device_peak_gib(device)
+
+
+def host_peak_gib() -> float:
+    """Return this process's peak resident memory in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_peak_gib(device: str) -> float:
+    """Return the GPU's peak memory in GiB; 0 on the CPU."""
+    return 0.0 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
