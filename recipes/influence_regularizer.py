@@ -82,7 +82,7 @@ class RegularizerConfig(ImageStudyConfig):
     relative_noise: float = 0.1
     """Noise of the prediction at equal relative noise, in multiples of the gradient's rms."""
     attack_iterations: int = 60
-    """Steps of gs."""
+    """Steps of gs, all of them by signs as published."""
     newton_iterations: int = 15
     """Steps of gauss-newton."""
     training_images: int = 1000
@@ -209,7 +209,7 @@ def server_update(
 def attackers(config: RegularizerConfig, std: float) -> dict[str, Attack]:
     """Return the attackers by name; both know the noise."""
     return {
-        "gs": make_attack("gs", task=TASK, iterations=config.attack_iterations),
+        "gs": make_attack("gs", task=TASK, iterations=config.attack_iterations, signs="always"),
         "gauss-newton": make_attack(
             "gauss-newton", task=TASK, iterations=config.newton_iterations, prior_weight=std**2 / PRIOR_STD**2
         ),

@@ -28,9 +28,11 @@ from lmleak.attacks.descent import Progress
 from lmleak.attacks.image_base import ImageAttack, ImageProblem
 from lmleak.attacks.objectives import Cosine, Objective, SquaredL2
 from lmleak.errors import ConfigError
+from lmleak.lookup import lookup
 from lmleak.types import ImageReconstruction, Observation
 
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)  # parts of the iterations after which GS takes steps ten times smaller
+SIGNS = {"always": 0.0, "late": 5 / 8, "never": 1.0}  # parts of the iterations after which GS follows signs
 
 
 @dataclass
@@ -117,9 +119,9 @@ class ImageMatching(ImageAttack):
         distance: Callable,
         attempts: list[Attempt],
         *,
-        direction: Callable[[Tensor], Tensor] = lambda slope: slope,
         project: Callable[[Tensor], Tensor] = lambda x: x,
         milestones: tuple[float, ...] = (),
+        signs_from: float = 1.0,
     ) -> None:
         """Run Adam on all attempts together.
 
@@ -127,14 +129,15 @@ class ImageMatching(ImageAttack):
             problem: What is matched.
             distance: What is minimised.
             attempts: Where they start.
-            direction: What Adam is given in place of the derivative.
             project: Where the start, and an iterate after every step, is moved.
             milestones: Parts of the iterations after which steps are ten times smaller.
+            signs_from: Part of the iterations after which Adam is given the signs of the derivative only.
         """
         guesses = project(torch.stack([attempt.images for attempt in attempts]))
         optimizer = torch.optim.Adam([guesses], lr=self.learning_rate)
         at = [int(part * self.iterations) for part in milestones] or [0]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, at[: len(milestones)], gamma=0.1)
+        switch = int(signs_from * self.iterations)
         for iteration in range(self.iterations):
             values, slopes = problem.slopes(guesses, distance)
             for value, x, attempt in zip(values.tolist(), guesses, attempts, strict=True):
@@ -144,7 +147,9 @@ class ImageMatching(ImageAttack):
                     attempt.last_improved = iteration  # large steps stall, and smaller ones get further
             if all(attempt.stopped for attempt in attempts):
                 return
-            guesses.grad = direction(slopes)
+            if iteration == switch:
+                optimizer.state.clear()  # Adam's averages: signs are of another size than derivatives
+            guesses.grad = slopes.sign() if iteration >= switch else slopes
             optimizer.step()
             schedule.step()
             guesses.copy_(project(guesses))
@@ -173,16 +178,17 @@ class ImageDLG(ImageMatching):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGS(ImageMatching):
-    """Inverting gradients: cosine distance and total variation, by Adam on the signs of the derivative.
+    """Inverting gradients: cosine distance and total variation, by Adam, at the end on the signs of the derivative.
 
     ``1 - <g(x), g*> / (||g(x)|| ||g*||) + tv TV(x)`` over valid pixels; the learning rate falls tenfold after 3/8, 5/8
-    and 7/8 of the iterations.
+    and 7/8 of the iterations. Published with signs throughout (``signs="always"``).
     """
 
     tv: float = 1e-4
     """Weight of the total variation."""
-    signed: bool = True
-    """Whether Adam is given the signs of the derivative only, as published; False got further on the sigmoid LeNet."""
+    signs: str = "late"
+    """When Adam is given the signs of the derivative only: "always", as published; "late", after 5/8 of the
+    iterations; or "never". The module's docstring has the measurements."""
 
     name: ClassVar[str] = "gs"
     paper: ClassVar[str] = (
@@ -190,14 +196,18 @@ class ImageGS(ImageMatching):
         "arXiv:2003.14053"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        lookup("signs", self.signs, SIGNS)
+
     def make_objective(self, problem: ImageProblem) -> Cosine:
         """Return one minus the cosine."""
         return Cosine(problem.observed, balance=0.0, kept=problem.kept)
 
     def descend(self, problem: ImageProblem, distance: Callable, attempts: list[Attempt]) -> None:
         """Improve attempts, all together, until each has stopped."""
-        direction = torch.sign if self.signed else torch.clone
-        self._adam(problem, distance, attempts, direction=direction, project=problem.boxed, milestones=MILESTONES)
+        signs_from = SIGNS[self.signs]
+        self._adam(problem, distance, attempts, project=problem.boxed, milestones=MILESTONES, signs_from=signs_from)
 
 
 def total_variation(x: Tensor) -> Tensor:

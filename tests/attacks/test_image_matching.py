@@ -242,10 +242,37 @@ def test_patience_is_counted_from_the_last_fall_of_the_learning_rate():
     assert 14 < steps.cost.iterations <= 16  # 7/8 of 16, and one more at least
 
 
-def test_signs_may_be_left_out():
+def test_signs_are_followed_always_late_or_never():
+    """One step of Adam on a sign moves every pixel by the learning rate; before the switch, late is never."""
     adapter, _, shared = case()
-    signed, plain = (lmleak.run_attack("gs", adapter, shared, iterations=5, signed=s) for s in (True, False))
-    assert not torch.equal(signed.images, plain.images)
+
+    def images(signs, iterations):
+        found = lmleak.run_attack("gs", adapter, shared, iterations=iterations, signs=signs, init_scale=0.0)
+        return found.images
+
+    always, late, never = (images(signs, 8) for signs in ("always", "late", "never"))
+    assert not torch.equal(always, never)
+    assert not torch.equal(late, never)
+    assert torch.equal(images("late", 1), images("never", 1))
+    with pytest.raises(ConfigError, match="Did you mean 'always'"):
+        make_attack("gs", task="image-classification", signs="alway")
+
+
+def test_adam_starts_anew_where_signs_begin(monkeypatch):
+    """Derivatives of 1e-6 leave averages that would make the first steps on signs several times too long."""
+    adapter, batch, shared = case(dtype=torch.float64)
+    problem = ImageGS().problem(adapter, shared.observation(lengths=False, labels=True), seed=0)
+    seen = []
+
+    def slopes(guesses, distance):
+        seen.append(guesses.clone())
+        return torch.zeros(1, dtype=torch.float64), torch.full_like(guesses, 1e-6)
+
+    monkeypatch.setattr(problem, "slopes", slopes)
+    attack = ImageDLG(iterations=8, learning_rate=0.1)
+    attack._adam(problem, None, [Attempt(torch.zeros_like(batch.inputs["pixel_values"]))], signs_from=0.5)
+    steps = torch.stack(seen).diff(dim=0).abs()
+    assert torch.allclose(steps[4:], torch.full_like(steps[4:], 0.1), rtol=1e-5)
 
 
 # Promises ---------------------------------------------------------------------------------------------------
