@@ -13,8 +13,17 @@ from dataclasses import dataclass
 from lmleak.adapters.base import ModelAdapter, Prior
 from lmleak.errors import ConfigError
 from lmleak.influence.jacobian import GradientJacobian, InputJacobian
-from lmleak.influence.solver import MAX_PRODUCTS, SOLVER_TOLERANCE, InfluenceSolver, magnitude
+from lmleak.influence.solver import (
+    MAX_PRODUCTS,
+    PREDICTION_TOLERANCE,
+    SOLVER_TOLERANCE,
+    InfluenceSolver,
+    magnitude,
+)
+from lmleak.linops import multishift_cg
 from lmleak.types import Batch, Magnitude
+
+SHRINKAGE_ACCURACY = 1e-2  # of the solve from x - mu, in multiples of tol
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class PartialRelease:
     level, in [0, 1]."""
     null_share: float
     """The same at ``RELATIVE_DAMPING`` times this release's largest eigenvalue: what it does not determine without
-    noise either, as far as the solver resolves. Of the Krylov run made for it, so a lower bound."""
+    noise either, as far as the solver resolves. By Gauss quadrature, so a lower bound."""
     converged: bool
     """Whether the solves behind ``map_error``, ``influence`` and ``undetermined`` met their tolerances."""
     products: int
@@ -124,16 +133,20 @@ def _release(
     jacobian: InputJacobian, prior: Prior, noise_std: float, seed: int, tol: float, max_products: int
 ) -> PartialRelease:
     solver = InfluenceSolver(jacobian, prior, tol=tol, max_products=max_products, seed=seed)
-    damping = solver.map_damping(noise_std)
-    response = solver.respond(solver.noise(), [damping])
-    influence = response.influence(damping, scale=noise_std)
-    predicted = response.predicted_error(noise_std, scale=noise_std)
+    damping, deviation = solver.map_damping(noise_std), solver.deviation
+    influence = solver.respond(solver.noise(), [damping]).influence(damping, scale=noise_std)
+    # At this noise level's own damping, and closely: what shrinking leaves open must be small beside a small error.
+    settings = {"tol": SHRINKAGE_ACCURACY * tol}
+    (shrinkage,) = multishift_cg(solver.operator, deviation, [damping], max_products=max_products, **settings)
+    lost, size = damping * shrinkage.solution, deviation.double().norm().item()
+    error = (jacobian.flatten(influence.error) - lost).double().norm().item()
     return PartialRelease(
-        map_error=predicted.error,
+        map_error=magnitude(error, jacobian.dx),
         influence=influence.influence,
-        undetermined=solver.undetermined_share(damping),
+        undetermined=(lost.double().norm().item() / size) ** 2,
         null_share=solver.undetermined_share(solver.default_damping),
-        converged=influence.converged and predicted.converged,
+        # d (A + d I)^-1 maps the shrinkage's residual to an error of at most its own size.
+        converged=influence.converged and shrinkage.residual * size <= PREDICTION_TOLERANCE * error,
         products=solver.operator.products,
     )
 
