@@ -42,7 +42,7 @@ class LayerStudyConfig:
     """Settings that studies on layers share."""
 
     cases: list[str] = field(default_factory=lambda: ["digits:cnn"])
-    """SOURCE:MODEL each: digits, mnist, cifar (models cnn, resnet); messages, cola, sst2, synthpai (bert, gpt2)."""
+    """SOURCE:MODEL each: digits, mnist, cifar (cnn, lenet, resnet); messages, cola, sst2, synthpai (bert, gpt2)."""
     data_folder: str = "../shared/data"
     """Where the folders mnist, cifar10-jpg, cola, sst2 and synthpai lie."""
     count: int = 1600

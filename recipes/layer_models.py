@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-from lmleak.adapters import ModelAdapter, adapt, load_adapter
+from lmleak.adapters import ModelAdapter, adapt, image_model, load_adapter
 from lmleak.adapters.image_resnet import CifarResNet
 from lmleak.data.attributes import AttributeData
 from lmleak.lookup import lookup
@@ -61,23 +61,27 @@ class StudyModel:
 
 MODELS: dict[str, StudyModel] = {
     "cnn": StudyModel("images", "conv|fc", ("fc1", "fc2", "fc3")),
+    "lenet": StudyModel("images", "body|fc", ("fc",)),
     "resnet": StudyModel("images", "conv|linear", ("linear",)),
     "bert": StudyModel("texts", "no-word-embeddings", ("head",)),
     "gpt2": StudyModel("texts", "no-word-embeddings", ()),
 }
-"""CNN: :class:`ClassicCNN`. ResNet: three stages of one block, width 16. BERT, GPT-2: the shape of the embedded
-reference models (two blocks of width 128), GPT-2 with a head of its own: its table's two uses are two layers."""
+"""CNN: :class:`ClassicCNN`. LeNet: the sigmoid network of the gradient-inversion papers, from its U(-1/2, 1/2).
+ResNet: three stages of one block, width 16. BERT, GPT-2: the shape of the embedded reference models (two blocks of
+width 128), GPT-2 with a head of its own, so that the table's two uses are two layers."""
 
 
 def image_network(model: str, data: AttributeData, *, dropout: float, seed: int) -> nn.Module:
     """Return an untrained image classifier that knows how its pixels are normalised."""
     shape, classes = tuple(data.pixels.shape[1:]), len(data.class_names)
+    makers = {
+        "cnn": lambda: ClassicCNN(shape, classes, dropout),
+        "lenet": lambda: image_model("lenet", shape, classes, seed=seed),
+        "resnet": lambda: CifarResNet(shape[0], classes, depths=(1, 1, 1), width=16),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = (
-            ClassicCNN(shape, classes, dropout) if model == "cnn"
-            else CifarResNet(shape[0], classes, depths=(1, 1, 1), width=16)
-        )  # fmt: skip
+        network = makers[model]()
     network.image_shape = shape
     channels = data.pixels.double().transpose(0, 1).flatten(1)
     spread = channels.std(1).clamp(min=1e-3)
