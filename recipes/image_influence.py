@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from image_influence_measures import linearized, local_rmse, predictions
+from image_influence_measures import CURVATURES, linearized, local_rmse, predictions
 from image_influence_report import write_results
 from rich.console import Console
 
@@ -80,7 +80,7 @@ class InfluenceConfig(ImageStudyConfig):
                 f"local_iterations and largest_matrix must be at least 1, got {self.local_iterations} and "
                 f"{self.largest_matrix}"
             )
-        lookup("local_curvature", self.local_curvature, {"own": ..., "truth": ...})
+        lookup("local_curvature", self.local_curvature, CURVATURES)
         for name in ("noise_variances", "dampings"):
             values = getattr(self, name)
             if not values or not all(0 < value < math.inf for value in values):
@@ -97,7 +97,7 @@ def level_rows(
     weight = variance / study.adapter.prior().std ** 2
 
     def measure(batch: Batch, release: Release) -> dict:
-        curvature = directions if config.local_curvature == "truth" else None
+        curvature = directions if CURVATURES[config.local_curvature] else None
         steps = {"iterations": config.local_iterations, "directions": curvature}
         return predictions(directions, study, batch, release.perturbation, std, config.dampings) | {
             "local_rmse": local_rmse(study, batch, release, prior_weight=0.0, **steps),

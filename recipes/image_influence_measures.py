@@ -19,6 +19,9 @@ from lmleak.evaluation.image_study import ImageStudy
 from lmleak.influence import EigenDirections, GradientJacobian, eigen_directions
 from lmleak.types import Batch
 
+CURVATURES = {"own": False, "truth": True}
+"""Where attackers who start at the truth take J J^T from: each iterate, or the truth."""
+
 
 def linearized(study: ImageStudy, batch: Batch, *, largest: int | None = None) -> EigenDirections:
     """Return the exact spectrum of A at a batch; dx up to a few thousand, J as a matrix up to ``largest`` numbers."""

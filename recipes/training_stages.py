@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from image_influence_measures import linearized, local_rmse, predictions
+from image_influence_measures import CURVATURES, linearized, local_rmse, predictions
 from image_influence_report import LINES, as_csv, bootstrap
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -81,6 +81,8 @@ class StagesConfig(ImageStudyConfig):
     """Attacks from a random start."""
     local_iterations: int = 40
     """Most steps of the MAP attacker that starts at the truth, "local-map"."""
+    local_curvature: str = "own"
+    """Its steps: by J J^T at each iterate ("own"), or at the truth, for thousands of pixels ("truth")."""
     precision: str = "float64"
     """Of gradients and attacks; training is in float32."""
     output: str = "runs/training_stages"
@@ -89,6 +91,7 @@ class StagesConfig(ImageStudyConfig):
     def __post_init__(self):
         super().__post_init__()
         lookup("architecture", self.model, ARCHITECTURES)
+        lookup("local_curvature", self.local_curvature, CURVATURES)
         if not self.epochs or self.epochs != sorted(set(self.epochs)) or self.epochs[0] < 0:
             raise ConfigError(f"epochs must be growing numbers from 0, got {self.epochs}")
         if self.train_batch_size < 1 or self.local_iterations < 1 or not 0 < self.learning_rate < math.inf:
@@ -177,7 +180,10 @@ def stage_rows(config: StagesConfig, study: ImageStudy, epoch: int, sample: int,
 
         def measure(batch: Batch, release: Release, std=std) -> dict:
             weight = (std / study.adapter.prior().std) ** 2
-            found = local_rmse(study, batch, release, prior_weight=weight, iterations=config.local_iterations)
+            curvature = directions if CURVATURES[config.local_curvature] else None
+            found = local_rmse(
+                study, batch, release, prior_weight=weight, iterations=config.local_iterations, directions=curvature
+            )
             return predictions(directions, study, batch, release.perturbation, std) | {"local_map_rmse": found}
 
         common = {"model": config.model, "epoch": epoch, "accuracy": accurate}

@@ -33,7 +33,7 @@ class ImageStudyConfig:
     """Where the private images are from: digits (scikit-learn's), a file or folder of images, or a datasets id
     (:func:`lmleak.data.load_images`)."""
     split: str | None = None
-    """Which part of the data, where it has several."""
+    """Which part of the data, where it has several; an empty word where it has none."""
     image_size: int | None = None
     """Resize images to this height and width."""
     normalization: str | None = None
@@ -144,7 +144,7 @@ class ImageStudy:
 
 def study_images(config: ImageStudyConfig) -> ImageData:
     """Return the images that the settings name; all of them, since their statistics normalise them."""
-    return load_images(config.data, split=config.split, size=config.image_size)
+    return load_images(config.data, split=config.split or None, size=config.image_size)
 
 
 def image_study(

@@ -27,6 +27,13 @@ DEFENSES = ("none", "gaussian(std=0.1, unit=rms)")
 ATTACKS = ("dlg(iterations=2)", "gs(iterations=2)")
 
 
+def test_an_empty_split_is_none():
+    config = ImageStudyConfig(data="digits", split="")
+    assert len(study_images(config)) == 1797
+    with pytest.raises(ConfigError, match="no splits"):
+        study_images(replace(config, split="test"))
+
+
 def squares(count=6, size=8):
     """Images that differ, of two classes."""
     pixels = torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(0))

@@ -54,14 +54,15 @@ def study(recipe):
 def test_every_configuration_is_read_by_the_real_parser(recipe, path):
     config = parse_config(recipe.InfluenceConfig, ["--config", str(path)])
     assert config.output == f"runs/image_influence/{path.stem}"
-    assert "lenet" in config.models
-    assert any("prior_weight={variance}" in spec for spec in config.attacks)
+    deep = path.stem == "cifar-deep"  # no Gauss-Newton there: one step takes minutes on a core
+    assert deep != ("lenet" in config.models)
+    assert deep != any("prior_weight={variance}" in spec for spec in config.attacks)
 
 
 def test_wrong_settings_are_refused(recipe):
     for arguments in (
         ["--noise-variances", "0"], ["--dampings", "-1"], ["--attacks", "spam"], ["--attacks", "gs(tv={variants})"],
-        ["--local-iterations", "0"],
+        ["--local-iterations", "0"], ["--local-curvature", "mine"], ["--largest-matrix", "0"],
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             parse_config(recipe.InfluenceConfig, arguments)

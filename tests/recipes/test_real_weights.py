@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "real_weights.py"
 
 
+@pytest.mark.parametrize("name", ["resnet20", "gpu"])
+def test_every_configuration_is_read_by_the_real_parser(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    recipe = importlib.import_module("real_weights")
+    config = parse_config(recipe.WeightsConfig, ["--config", str(ROOT / "configs" / "real_weights" / f"{name}.yaml")])
+    assert config.output == f"runs/real_weights/{name}"
+    assert config.precision == "float64"
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
