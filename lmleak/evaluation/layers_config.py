@@ -12,7 +12,7 @@ from lmleak.evaluation.layers_capture import CaptureSettings
 from lmleak.evaluation.layers_protection import ProtectionSettings
 from lmleak.types import Aggregation
 
-TEXT_ATTACKS = ("tag(iterations=60)",)
+TEXT_ATTACKS = ("span",)
 IMAGE_ATTACKS = ("gs(iterations=150)",)
 
 
@@ -74,7 +74,7 @@ class LayersConfig:
     """How they are made."""
     folds: int = 5
     """Parts of the cross-fitting."""
-    permutations: int = 200
+    permutations: int = 100
     """Shuffles of the permutation tests."""
     subspace: int = 8
     """Dimensions of the gradient subspace of an attribute's value."""
@@ -90,12 +90,12 @@ class LayersConfig:
     """Examples whose layer-wise I2F is solved for."""
     noise: float = 0.1
     """Noise of the layer-wise I2F, in multiples of the gradient's root mean square."""
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
     """Relative residual of its solves."""
-    max_products: int = 200
+    max_products: int = 100
     """Most products per solve; an unconverged number is marked."""
     attacks: list[str] | None = None
-    """Attacks on the gradient with layers hidden; by default a matching attack of few steps."""
+    """Attacks on the gradient with layers hidden; by default span for texts, gs(iterations=150) for images."""
     attack_examples: int = 2
     """Examples attacked per set of hidden layers."""
     steps: int = 6

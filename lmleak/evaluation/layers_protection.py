@@ -135,7 +135,7 @@ class Protection:
         }
 
     def _information(self, group: str, target: str, layers: Sequence[str]) -> dict[str, Any]:
-        analysis, family = self.analysis, self.analysis.settings.families[-1]
+        analysis, family = self.analysis, self.analysis.families(group)[-1]
         rows = analysis.chosen
         found = v_information(
             analysis.features(layers, rows), analysis.target(Measure(group, target=target), rows), family=family,

@@ -16,6 +16,7 @@ from lmleak.leakage.families_attack import attack_information
 from lmleak.leakage.independence import independence_test
 from lmleak.leakage.permutation import PermutationTest, permutation_p_value
 from lmleak.leakage.pointwise import PointwiseSummary, pointwise_by_class
+from lmleak.leakage.rows import direction_and_norm
 from lmleak.leakage.sensitivity import LayerSensitivity, Sensitivity, input_sensitivity
 from lmleak.leakage.subspace import (
     SubspaceDistance,
@@ -44,6 +45,7 @@ __all__ = [
     "VInformation",
     "attack_information",
     "conditional_information",
+    "direction_and_norm",
     "independence_test",
     "information_chain",
     "input_sensitivity",

@@ -93,3 +93,21 @@ def unit_rows(rows: Tensor) -> Tensor:
     """Return rows scaled to norm 1; a zero gradient stays zero."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def direction_and_norm(gradients: np.ndarray) -> np.ndarray:
+    """Return gradients as direction and logarithm of the norm, (n, p) -> (n, p + 1): g -> (g / ||g||, log ||g||).
+
+    An invertible change of features, so it loses nothing to an attacker with any model; it helps those with few
+    parameters. The norms of a trained model's gradients spread over decades (a surprising example has a large one),
+    and after standardisation of each coordinate a few examples would be all that a linear model sees.
+
+    Args:
+        gradients: One row per gradient.
+
+    Returns:
+        float64; a zero gradient has direction zero and the logarithm of the smallest positive number.
+    """
+    rows = np.asarray(gradients, dtype=np.float64)
+    norms = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return np.concatenate([rows / norms, np.log(norms)], axis=1)
