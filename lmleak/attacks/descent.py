@@ -217,8 +217,7 @@ class Matching:
 
     def attempts(self, seed: int) -> list[Descent]:
         """Run the restarts, as many together as fit; those that follow a perfect match are not needed."""
-        later = torch.randint(2**31, (self.options.restarts,), generator=torch.Generator().manual_seed(seed)).tolist()
-        generators = [torch.Generator().manual_seed(s) for s in (seed, *later[1:])]
+        generators = [torch.Generator().manual_seed(s) for s in restart_seeds(seed, self.options.restarts)]
         finished: list[Descent] = []
         for first in range(0, len(generators), self.together):
             finished += self.descend(generators[first : first + self.together])
@@ -268,6 +267,12 @@ class Matching:
             for tensor, new in zip(tensors, moved.tensors(), strict=True):
                 tensor.copy_(new)
             attempt.last_improved = attempt.iterations  # a move may cost some objective first
+
+
+def restart_seeds(seed: int, restarts: int) -> list[int]:
+    """Return the seed of every restart; restart k alone is the attack with ``restarts=1`` and its seed."""
+    later = torch.randint(2**31, (restarts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [seed, *later[1:]]
 
 
 def in_groups(items: Iterable[Unknowns], size: int) -> Iterator[list[Unknowns]]:

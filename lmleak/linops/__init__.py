@@ -8,7 +8,14 @@ from lmleak.linops.eigenvalue import EigenvalueResult, top_eigenvalue
 from lmleak.linops.lanczos import Krylov, lanczos, random_start
 from lmleak.linops.multishift import krylov_solve, multishift_cg, multishift_krylov
 from lmleak.linops.solve import SolveResult, StopReason, conjugate_gradient
-from lmleak.linops.trace import Quadrature, SpectralSample, TraceEstimate, exact_spectrum, spectral_probes
+from lmleak.linops.trace import (
+    Quadrature,
+    SpectralSample,
+    TraceEstimate,
+    exact_spectrum,
+    probe_quadrature,
+    spectral_probes,
+)
 
 __all__ = [
     "EigenvalueResult",
@@ -29,6 +36,7 @@ __all__ = [
     "lanczos",
     "multishift_cg",
     "multishift_krylov",
+    "probe_quadrature",
     "random_start",
     "spectral_probes",
     "top_eigenvalue",

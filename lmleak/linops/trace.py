@@ -156,12 +156,24 @@ def spectral_probes(
             f"num_probes must be at least 2 (one probe has no standard error) and steps at least 1, "
             f"got {num_probes} and {steps}. For a small operator, exact_spectrum needs no probe."
         )
-    probes, products = [], 0
-    for _ in range(num_probes):
-        krylov = lanczos(operator, random_start(operator, generator, distribution), max_products=steps)
-        probes.append(_quadrature(krylov))
-        products += krylov.dimension
-    return SpectralSample(tuple(probes), operator.shape[0], products, exact=False)
+    starts = (random_start(operator, generator, distribution) for _ in range(num_probes))
+    probes, products = zip(*(probe_quadrature(operator, start, steps=steps) for start in starts), strict=True)
+    return SpectralSample(probes, operator.shape[0], sum(products), exact=False)
+
+
+def probe_quadrature(operator: LinearOperator, start: Tensor, *, steps: int) -> tuple[Quadrature, int]:
+    """Return the quadrature of one probe, and the products spent; ``spectral_probes`` averages several.
+
+    Args:
+        operator: A, tagged positive semidefinite, (n, n).
+        start: The probe z, (n,).
+        steps: Most products.
+
+    Returns:
+        The quadrature and the number of products.
+    """
+    krylov = lanczos(operator, start, max_products=steps)
+    return _quadrature(krylov), krylov.dimension
 
 
 def exact_spectrum(operator: LinearOperator, *, max_size: int = DENSE_LIMIT) -> SpectralSample:
