@@ -7,10 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from layer_models import MAX_LENGTH, MODELS, adapter_of, held_out, image_network, text_network, train
+from layer_models import (
+    MAX_LENGTH,
+    MODELS,
+    adapter_of,
+    held_out,
+    image_network,
+    text_network,
+    train,
+    train_privately,
+)
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,6 +46,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sst2": ("positive", "long", COIN), "synthpai": ("sex", "older", COIN),
 }  # fmt: skip
 """What is inferred in each source of examples."""
+STORED = ("count", "train_batch_size", "mark", "strength", "image_size", "features", "seed")  # what decides gradients
 NOT_DECISIVE = {"output", "resume", "processes", "threads", "data_folder"}
 
 
@@ -63,6 +76,9 @@ class LayerStudyConfig:
     """Random projections kept per layer."""
     families: list[str] = field(default_factory=lambda: ["linear"])
     """Predictive families."""
+    scaling: Literal["direction", "raw"] = "direction"
+    """What decoders read of each layer's gradient: its direction and the logarithm of its norm, or its features as
+    they are. A trained network's gradients differ in norm by orders of magnitude, and few of them decide a raw fit."""
     folds: int = 3
     """Parts of the cross-fitting."""
     permutations: int = 49
@@ -107,8 +123,8 @@ class Case:
     batch_size: int = 1
     defense: str = "none"
     aggregation: Aggregation = SINGLE_STEP
-    companions: int = 0
-    """Seed of the other examples of each batch."""
+    private: tuple[float, float] | None = None
+    """(C, z) if it is trained by DP-SGD."""
 
     @property
     def title(self) -> str:
@@ -143,7 +159,7 @@ def trained(config: LayerStudyConfig, case: Case) -> nn.Module:
     """Return the model of a case, from its file if it was trained before; nothing private is used."""
     _, public = halves(config, case.source)
     content = public.pixels.numpy().tobytes() if public.pixels is not None else "\n".join(public.texts).encode()
-    settings = [case.source, case.model, case.epochs, case.dropout, config.train_batch_size, config.seed]
+    settings = [case.source, case.model, case.epochs, case.dropout, case.private, config.train_batch_size, config.seed]
     digest = hashlib.sha256(json.dumps(settings).encode() + content).hexdigest()[:16]
     file = Path(f"{config.output}-models") / f"{case.source}-{case.model}-{digest}.safetensors"
     network = (
@@ -154,7 +170,11 @@ def trained(config: LayerStudyConfig, case: Case) -> nn.Module:
     if file.exists():
         network.load_state_dict(load_file(file))
         return network.eval()
-    train(case.model, public, network, epochs=case.epochs, batch_size=config.train_batch_size, seed=config.seed)
+    options = {"epochs": case.epochs, "batch_size": config.train_batch_size, "seed": config.seed}
+    if case.private:
+        train_privately(public, network, clip=case.private[0], noise_multiplier=case.private[1], **options)
+    else:
+        train(case.model, public, network, **options)
     write_atomically(file, lambda path: save_file(network.state_dict(), path))
     return network
 
@@ -177,9 +197,18 @@ def capture_of(config: LayerStudyConfig, case: Case) -> CaptureSettings:
         "case", defense=parse_defense(case.defense), shared=MODELS[case.model].shared, dropout=case.dropout > 0,
         aggregation=case.aggregation,
     )  # fmt: skip
-    return CaptureSettings(
-        sharing=sharing, batch_size=case.batch_size, features=config.features, seed=config.seed + case.companions
-    )
+    return CaptureSettings(sharing=sharing, batch_size=case.batch_size, features=config.features, seed=config.seed)
+
+
+class RawAnalysis(LayerAnalysis):
+    """The layer-wise audit whose decoders read the stored features as they are, instead of directions and norms."""
+
+    def features(self, layers: Sequence[str], rows: NDArray) -> NDArray:
+        """Return the stored features of some layers side by side, of some gradients."""
+        return np.concatenate([self.store.features(layer, rows).numpy() for layer in layers], axis=1)
+
+
+ANALYSES: dict[str, type[LayerAnalysis]] = {"direction": LayerAnalysis, "raw": RawAnalysis}
 
 
 @dataclass(frozen=True)
@@ -197,7 +226,8 @@ class Prepared:
         c = self.case
         return {
             "source": c.source, "model": c.model, "epochs": c.epochs, "dropout": c.dropout, "defense": c.defense,
-            "batch_size": c.batch_size, "local_steps": c.aggregation.steps, "steps_rate": c.aggregation.learning_rate,
+            "batch_size": c.batch_size, "local_steps": c.aggregation.steps,
+            "noise_multiplier": c.private[1] if c.private else None,
             **{f"model_{name}": value for name, value in self.held_out.items()},
         }  # fmt: skip
 
@@ -227,14 +257,15 @@ def prepare(config: LayerStudyConfig, case: Case, groups: Sequence[str], **setti
     network = trained(config, case)
     adapter = adapter_of(case.model, network, case.title)
     examples, capture = examples_of(adapter, private), capture_of(config, case)
-    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_DECISIVE} | {"case": asdict(case)}
+    decisive = {name: getattr(config, name) for name in STORED} | {"case": asdict(case)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     store = capture_store(adapter, examples, Path(f"{config.output}-stores") / f"{case.source}-{digest}", capture)
     measured = LayerSettings(
         capture=capture, groups=tuple(groups), families=tuple(config.families), folds=config.folds,
         permutations=config.permutations, gradients=config.gradients, pairs=config.pairs, seed=config.seed, **settings,
     )  # fmt: skip
-    return Prepared(case, LayerAnalysis(adapter, examples, store, measured), held_out(case.model, private, network))
+    analysis = ANALYSES[config.scaling](adapter, examples, store, measured)
+    return Prepared(case, analysis, held_out(case.model, private, network))
 
 
 def prepare_all(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from private_training import FlatGradients
+from private_training import train as fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
@@ -166,6 +168,41 @@ def train(
                 loss.backward()
                 optimizer.step()
     return network.eval()
+
+
+def train_privately(
+    data: AttributeData,
+    network: nn.Module,
+    *,
+    clip: float,
+    noise_multiplier: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train an image classifier in place by Adam on DP-SGD gradients: (sum_i clip(g_i, C) + z C n) / B.
+
+    Args:
+        data: The public half.
+        network: The network, on the CPU.
+        clip: C, largest norm of one example's gradient.
+        noise_multiplier: z.
+        epochs: Passes over the data.
+        batch_size: B.
+        seed: Seed of the order and of the noise.
+    """
+    adapter = adapter_of("cnn", network, "private")
+    images, labels = network.normalization.normalize(data.pixels), torch.as_tensor(data.labels)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [b for _ in range(epochs) for b in torch.randperm(len(data), generator=generator).split(batch_size)]
+
+    def update(flat: FlatGradients, step: int) -> Tensor:
+        own = flat(images[batches[step]], labels[batches[step]])  # (n, P)
+        total = (own * (clip / own.norm(dim=1, keepdim=True).clamp(min=clip))).sum(0)
+        return (total + noise_multiplier * clip * torch.randn(total.shape, generator=generator)) / batch_size
+
+    fit(adapter, update, steps=len(batches), learning_rate=LEARNING_RATES["images"])
+    network.eval()
 
 
 @torch.no_grad()
