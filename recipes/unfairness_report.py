@@ -218,7 +218,7 @@ def readable(*scales: Axis) -> None:
     """Write 1, 2 and 5 times powers of ten on logarithmic axes of few decades as plain numbers."""
     for scale in scales:
         low, high = scale.get_view_interval()
-        subs = (1, 2, 5) if high > 4 * low else range(1, 10)
+        subs = (1, 2, 5) if high > 4 * low else (1, 2, 3, 4, 5, 7)
         scale.set_major_locator(LogLocator(subs=subs if high < 300 * low else (1,)))
         scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         scale.set_minor_formatter(NullFormatter())
