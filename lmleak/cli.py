@@ -1,4 +1,4 @@
-"""The command line: lmleak audit | report | capture | attack | score.
+"""The command line: lmleak audit | layers | report | capture | attack | score.
 
 Exit status: 0 done; 2 refused (wrong input or setting, nothing written); 3 the audit's ``fail_above`` gate failed.
 """
@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -18,12 +19,16 @@ from lmleak.errors import ConfigError, DataError, LmleakError
 from lmleak.files import refused_writes
 from lmleak.lookup import suggest
 
+if TYPE_CHECKING:
+    from lmleak.evaluation.layers_audit import LayersResult
+
 REFUSED, GATE_FAILED = 2, 3
 
 USAGE = """usage: lmleak COMMAND [options]
 
 commands:
   audit    measure what a model's gradients leak of given texts, and write a report
+  layers   measure which layer's gradient leaks what of labelled data, and which layers to hide first
   report   write the report again from the folder of an earlier audit
   capture  write the gradient of private texts or images to a file, as a client would send it
   attack   recover texts or images from a gradient file alone
@@ -50,7 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
-    commands = {"audit": audit, "report": report, "capture": capture, "attack": attack, "score": score}
+    commands = {
+        "audit": audit,
+        "layers": layers,
+        "report": report,
+        "capture": capture,
+        "attack": attack,
+        "score": score,
+    }
     if name not in commands:
         raise ConfigError(f"unknown command {name!r}. {suggest(name, commands)}")
     return commands[name]
@@ -83,6 +95,27 @@ def audit(argv: Sequence[str]) -> int:
     return _gate(result.worst_recall, config.fail_above)
 
 
+def layers(argv: Sequence[str]) -> int:
+    """Run a layer-wise audit, write its report, print tables."""
+    _quiet_libraries()
+    from lmleak.config import parse_config
+    from lmleak.evaluation import process_state
+    from lmleak.evaluation.layers_audit import LayersConfig, run_layers
+
+    config = parse_config(LayersConfig, argv, prog="lmleak layers")
+    result = run_layers(config, command=shlex.join(["lmleak", "layers", *argv]))
+    if process_state().is_main_process:
+        _report_layers(result)
+    return 0
+
+
+def _report_layers(result: "LayersResult") -> None:
+    from lmleak.report.layers_page import console_report, write_layers_report
+
+    page = write_layers_report(result)
+    _show(*console_report(result), f"report: {page}")
+
+
 def _gate(worst_recall: float | None, threshold: float) -> int:
     if worst_recall is None:
         raise ConfigError("fail_above cannot judge: no attack could run under the defenses asked for")
@@ -100,6 +133,11 @@ def report(argv: Sequence[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise ConfigError("usage: lmleak report FOLDER (the output folder of an audit)")
     folder = Path(argv[0])
+    if (folder / "protection").is_dir():
+        from lmleak.report.layers_page import read_layers_result
+
+        _report_layers(read_layers_result(folder))
+        return 0
     results, summary = folder / "results.jsonl", folder / "summary.json"
     for file in (results, summary):
         if not file.is_file():

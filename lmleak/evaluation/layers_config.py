@@ -39,7 +39,10 @@ class LayersConfig:
     attribute_column: list[str] = field(default_factory=list)
     """Columns that hold private attributes of the text."""
     attribute: list[str] = field(default_factory=list)
-    """Attributes read off the data itself: label, or one of the attributes that the documentation lists."""
+    """Attributes made from the data itself. Texts: label, number, name, negation, question, long, coin; by default
+    number and label. Images: mark, label, parity, coin; by default mark and label. coin is a control without truth."""
+    mark: Literal["tint", "rotate", "stroke"] = "tint"
+    """What the attribute mark puts into a random half of the images."""
     group_column: str | None = None
     """Column of the author or source, if texts of one author resemble each other."""
     samples: int = 400

@@ -8,15 +8,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import ARCHITECTURES, ModelAdapter, TextAdapter, VisionAdapter, load_adapter
 from lmleak.data import Examples, load_examples
+from lmleak.data.attributes import COIN, coin, text_attributes
+from lmleak.data.attributes_images import inject
 from lmleak.data.embedded import LABELS, messages
 from lmleak.data.images import ImageData, load_images
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
-from lmleak.evaluation.image_study import ImageStudyConfig, image_study
+from lmleak.evaluation.image_study import TASK, ImageStudyConfig, image_study
 from lmleak.evaluation.labels import class_numbers
 from lmleak.evaluation.layers_config import LayersConfig
 from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
 from lmleak.lookup import lookup
 
+MARK = "mark"
 EMBEDDED_SEED = 101  # of the embedded messages: not that of the reference models' training texts
 
 
@@ -39,6 +42,8 @@ def load_labelled(config: LayersConfig, state: PartialState) -> tuple[ModelAdapt
     device = str(state.device) if config.device == "auto" else config.device
     disable_progress_bar()  # of weight loading; the audit has its own
     if config.model in ARCHITECTURES:
+        if config.task not in (None, TASK):
+            raise ConfigError(f"{config.model!r} is an architecture of images; it has no task {config.task!r}")
         data = load_images(config.data or "digits", split=config.split, size=config.image_size, limit=config.samples)
         settings = ImageStudyConfig(
             samples=1, normalization=config.normalization, seed=config.seed, device=device,
@@ -59,9 +64,10 @@ def _images(config: LayersConfig, adapter: VisionAdapter, data: ImageData) -> La
     for option in ("text_column", "label_column", "attribute_column", "group_column", "max_length"):
         if getattr(config, option):
             raise ConfigError(f"{option} belongs to texts, and {config.model!r} reads images; drop it")
-    wanted = config.attribute or ["label"]
-    attributes = {name: lookup("attribute", name, IMAGE_ATTRIBUTES)(data) for name in wanted}
-    return image_examples(adapter, data.pixels, data.labels, attributes, name=data.name)
+    wanted = config.attribute or [MARK, "label"]
+    attributes = {name: lookup("attribute", name, IMAGE_ATTRIBUTES)(data, config.seed) for name in wanted}
+    pixels = inject(data.pixels, attributes[MARK], config.mark) if MARK in attributes else data.pixels
+    return image_examples(adapter, pixels, data.labels, attributes, name=data.name)
 
 
 def _texts(config: LayersConfig, adapter: TextAdapter) -> LabelledExamples:
@@ -77,9 +83,9 @@ def _texts(config: LayersConfig, adapter: TextAdapter) -> LabelledExamples:
     else:
         examples = _column(config, config.label_column)
         columns = {name: _values(config, name) for name in config.attribute_column}
-    wanted = config.attribute or ([] if columns else (["number", "label"] if config.data is None else ["label"]))
+    wanted = config.attribute or ([] if columns else ["number", "label"] if examples.labels else ["number"])
     for name in wanted:
-        columns[name] = lookup("attribute", name, TEXT_ATTRIBUTES)(examples)
+        columns[name] = _text_attribute(name, examples, config.seed)
     labels = None
     if adapter.task == "sequence-classification":
         labels = class_numbers(examples.labels, adapter, examples.origin)
@@ -126,13 +132,20 @@ def _class(examples: Examples) -> Sequence:
     return list(examples.labels)
 
 
-TEXT_ATTRIBUTES: dict[str, Callable[[Examples], Sequence]] = {
-    "label": _class,
-    "number": lambda examples: [any(letter.isdigit() for letter in text) for text in examples.texts],
+def _text_attribute(name: str, examples: Examples, seed: int) -> Sequence:
+    """Return "label", "coin" (nothing: a control), or what the words of each text show by a plain rule."""
+    shown = text_attributes(examples.texts)
+    lookup("attribute", name, dict.fromkeys(("label", COIN, *shown)))
+    if name == "label":
+        return _class(examples)
+    return coin(len(examples.texts), seed) if name == COIN else shown[name]
+
+
+IMAGE_ATTRIBUTES: dict[str, Callable[[ImageData, int], Sequence]] = {
+    "label": lambda data, seed: data.labels,
+    "parity": lambda data, seed: data.labels % 2,
+    MARK: lambda data, seed: coin(len(data), seed + 1),
+    COIN: lambda data, seed: coin(len(data), seed),
 }
-"""Attributes of texts that are read off the data: its class, and whether a text holds a digit."""
-IMAGE_ATTRIBUTES: dict[str, Callable[[ImageData], Sequence]] = {
-    "label": lambda data: data.labels,
-    "parity": lambda data: data.labels % 2,
-}
-"""Attributes of images that are read off the data: its class, and whether the class's number is odd."""
+"""Attributes of images: the class; whether its number is odd; a mark that is put into a random half of the images,
+independently of the class; and a coin, of which nothing can be known."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmleak.adapters import TextAdapter, VisionAdapter
 from lmleak.adapters.examples import token_ids, truncate
 from lmleak.errors import DataError
+from lmleak.leakage.cross_fitting import LatentTarget
 from lmleak.types import Batch
 
 HASHED_AT_ONCE = 64
@@ -157,5 +158,9 @@ def _columns(attributes: Mapping[str, Sequence]) -> dict[str, NDArray]:
             raise DataError(
                 f"attribute {name!r} holds {column.dtype} values; expected whole numbers, truth values or words"
             )
+        try:
+            LatentTarget(column)  # refuses values too rare to be fitted and tested
+        except DataError as error:
+            raise DataError(f"attribute {name!r}: {error}") from error
         columns[name] = column
     return columns

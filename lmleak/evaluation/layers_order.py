@@ -68,6 +68,11 @@ class LayerScores:
     values: Mapping[str, float]
     """Layer, in forward order -> number."""
 
+    def row(self, rows: Sequence[Row], layer: str) -> Row:
+        """Return the row that holds one layer's number."""
+        wanted = (layer, self.metric.group, self.target, self.family)
+        return next(row for row in rows if (row["layer"], row["group"], row["target"], row["family"]) == wanted)
+
     def leak(self) -> list[float]:
         """Return the numbers, turned so that larger means more leakage."""
         return [value if self.metric.rising else -value for value in self.values.values()]

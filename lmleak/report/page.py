@@ -89,11 +89,23 @@ def render(rows: Sequence[Row], summary: Mapping[str, Any], drawn: Mapping[str, 
 def _image(name: str, figure: Figure | None, rows: Sequence[Row]) -> str:
     if figure is None:
         return f'<p class="absent">{escape(figures.missing(name, rows))}</p>'
-    # an SVG inside an img element: sharp in print, and its ids cannot clash with another figure's
+    return embedded_figure(figure, ALTERNATIVES[name])
+
+
+def embedded_figure(figure: Figure, alternative: str) -> str:
+    """Return a figure as HTML that holds it: an SVG inside an img element, whose ids clash with no other figure's.
+
+    Args:
+        figure: The figure.
+        alternative: What a reader who cannot see it should know it shows.
+
+    Returns:
+        The element.
+    """
     content = base64.b64encode(encode(figure, "svg")).decode()
     width = "narrow" if figure.get_figwidth() < 7 else "wide"
     return (
-        f'<figure class="scroll" tabindex="0"><img class="{width}" alt="{escape(ALTERNATIVES[name])}" '
+        f'<figure class="scroll" tabindex="0"><img class="{width}" alt="{escape(alternative)}" '
         f'src="data:image/svg+xml;base64,{content}"></figure>'
     )
 

@@ -50,17 +50,20 @@ def batch_note(meta: Mapping[str, Any]) -> str:
     )
 
 
-def reproduce_section(meta: Mapping[str, Any]) -> str:
+FIELDS = (
+    "model", "task", "data", "samples", "batch_size", "shared", "defenses", "noise_levels", "attacks",
+    "parameters", "seed", "world_size", "device", "commit", "date", "seconds", "versions",
+)  # fmt: skip
+"""What a report says of the circumstances of an audit, in this order."""
+
+
+def reproduce_section(meta: Mapping[str, Any], fields: Sequence[str] = FIELDS) -> str:
     """Return the command, the configuration, the versions, the seed and the commit."""
     command = meta.get("command")
     html = f"<pre>{escape(str(command))}</pre>" if command else ""
     html += (
         "<p>The resolved configuration is in <code>config.yaml</code>, every row in <code>results.jsonl</code>.</p>"
     )
-    fields = (
-        "model", "task", "data", "samples", "batch_size", "shared", "defenses", "noise_levels", "attacks",
-        "parameters", "seed", "world_size", "device", "commit", "date", "seconds", "versions",
-    )  # fmt: skip
     facts = "".join(
         f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_fact(meta[name]))}</dd>"
         for name in fields

@@ -1,0 +1,188 @@
+"""Figures of a layer-wise audit: every metric over the network, their agreement, and what hiding layers leaves."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lmleak.evaluation.layers_order import LayerScores
+from lmleak.evaluation.layers_settings import ALL, Row
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+
+COLUMNS = 3
+"""Panels side by side."""
+PANEL = {"original": BLUE, "latent": PURPLE}
+LINES = (VERMILION, BLUE, ORANGE, PURPLE, SKY, INK, GREY)
+MARKERS = "osD^vPX"
+SHOWN_SCORES = ("token_recall", "rmse")
+"""The score of an attack that is drawn: the first of these that it has."""
+SCORE_LABELS = {
+    "token_recall": "tokens recovered by the attack (share, 0 to 1)",
+    "rmse": "RMSE of the attack (model-input units, rms)",
+}
+
+
+def layer_bars(scores: Sequence[LayerScores], rows: Sequence[Row]) -> Figure | None:
+    """Draw every metric as bars over the layers, in the network's order from the top.
+
+    Blue: about the input; purple: about an attribute. Whiskers are 95 % intervals, over examples for sensitivity and
+    MAP error, over gradients for information; comparisons of attribute values have none and are drawn as z or ratio.
+
+    Args:
+        scores: The metrics.
+        rows: The rows they came from, for intervals.
+
+    Returns:
+        The figure, or None if there is no metric.
+    """
+    if not scores:
+        return None
+    layers = list(scores[0].values)
+    height = 0.85 + 0.24 * len(layers)
+    count = -(-len(scores) // COLUMNS)
+    with house_style():
+        figure = Figure(figsize=(11.2, 0.3 + height * count), layout="constrained")
+        grid = figure.subplots(count, COLUMNS, sharey=True, squeeze=False)
+        for axes, score in zip(grid.flat, scores, strict=False):
+            _bars(axes, score, rows, layers)
+        for axes in grid.flat[len(scores) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_yticks(range(len(layers)), layers)
+        grid[0, 0].invert_yaxis()
+    return figure
+
+
+def _bars(axes: Axes, score: LayerScores, rows: Sequence[Row], layers: Sequence[str]) -> None:
+    values = [score.values[layer] for layer in layers]
+    whiskers = [[], []]
+    for layer, value in zip(layers, values, strict=True):
+        low, high = interval_of(score, rows, layer)
+        whiskers[0].append(0 if low is None else max(value - low, 0))
+        whiskers[1].append(0 if high is None else max(high - value, 0))
+    drawn = {"xerr": whiskers, "error_kw": {"ecolor": INK, "capsize": 2}} if np.any(whiskers) else {}
+    axes.barh(range(len(layers)), values, color=PANEL[score.metric.about], height=0.7, **drawn)
+    unit = f" ({score.metric.unit})" if score.metric.unit else ""
+    axes.set_xlabel(f"{score.metric.title}{unit}" + (f": {score.target}" if score.target else ""), fontsize=9.5)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.tick_params(labelsize=9)
+    axes.spines["right"].set_visible(False)
+    axes.grid(axis="x", color="#E4E7EB", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if not score.metric.rising:
+        axes.set_title("less means more leaked", fontsize=9, fontweight="normal", color=GREY)
+
+
+def interval_of(score: LayerScores, rows: Sequence[Row], layer: str) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of one metric of one layer; None where there is none."""
+    if not score.metric.interval:
+        return None, None
+    row = score.row(rows, layer)
+    prefix = "" if score.metric.group in ("latent", "original") else f"{score.metric.column}_"
+    return row[f"{prefix}low"], row[f"{prefix}high"]
+
+
+def agreement_matrix(scores: Sequence[LayerScores], agreement: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draw Spearman's rank correlation over the layers for every pair of metrics.
+
+    A cell whose 95 % bootstrap interval over layers excludes 0 is bold.
+
+    Args:
+        scores: The metrics.
+        agreement: Of :func:`lmleak.evaluation.layers_order.rank_agreement`.
+
+    Returns:
+        The figure, or None if no pair has a correlation.
+    """
+    names = [score.name for score in scores]
+    if not any(entry["value"] is not None for entry in agreement):
+        return None
+    size = 1.6 + 0.55 * len(names)
+    with house_style():
+        figure = Figure(figsize=(size + 1.4, size), layout="constrained")
+        axes = figure.add_subplot()
+        matrix = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(matrix, 1)
+        for entry in agreement:
+            if entry["value"] is None:
+                continue
+            i, j = names.index(entry["first"]), names.index(entry["second"])
+            matrix[i, j] = matrix[j, i] = entry["value"]
+            sure = entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
+            for a, b in ((i, j), (j, i)):
+                axes.text(
+                    b, a, f"{entry['value']:+.1f}".replace("-", "−"), ha="center", va="center", fontsize=8.5,
+                    fontweight="bold" if sure else "normal", color="white" if abs(entry["value"]) > 0.7 else INK,
+                )  # fmt: skip
+        image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        bar = figure.colorbar(image, shrink=0.7)
+        bar.set_label("Spearman's rank correlation over layers (−1 to 1)")
+    return figure
+
+
+def residual_curves(curves: Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]) -> Figure | None:
+    """Draw what is left when the first k layers of each order are hidden: information and attacks.
+
+    Args:
+        curves: Of :func:`lmleak.evaluation.layers_protection.curves`.
+
+    Returns:
+        The figure, or None if nothing was hidden.
+    """
+    panels = residual_panels(curves)
+    if not panels:
+        return None
+    count = -(-len(panels) // 2)
+    with house_style():
+        figure = Figure(figsize=(11.2, 0.9 + 3.3 * count + 0.2 * len(curves)), layout="constrained")
+        grid = figure.subplots(count, 2, squeeze=False)
+        for axes, (label, value) in zip(grid.flat, panels.items(), strict=False):
+            styles = zip(cycle(LINES), cycle(MARKERS), cycle(["-", "--", ":"]))
+            for (name, steps), (colour, marker, dash) in zip(curves.items(), styles, strict=False):
+                points = [(k, y) for k, _, row in steps if (y := value(row)) is not None]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), color=colour, marker=marker, linestyle=dash, linewidth=1.2,
+                        markersize=5, alpha=0.85, label=name,
+                    )  # fmt: skip
+            axes.set_xlabel("layers hidden (count)")
+            axes.set_ylabel(label, fontsize=9.5)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.spines["right"].set_visible(False)
+            axes.grid(color="#E4E7EB", linewidth=0.8)
+            axes.set_axisbelow(True)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=4, title="order of hiding", fontsize=9)
+    return figure
+
+
+def residual_panels(curves: Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]) -> dict[str, Any]:
+    """Return the label of every panel of residual risk with the function that reads its number from a row."""
+    steps = next(iter(curves.values()), [])
+    if not steps:
+        return {}
+    row = steps[0][2]
+    panels: dict[str, Any] = {}
+    for name in row["latent"]:
+        panels[f"information left about {name} (nats)"] = lambda row, name=name: row["latent"][name]["nats"]
+    for name in row["original"]:
+        panels[f"information left about {name} (nats)"] = lambda row, name=name: row["original"][name]["nats"]
+    for spec in row["attacks"]:
+        every = [r["attacks"][spec] for curve in curves.values() for _, _, r in curve]
+        shown = next((score for score in SHOWN_SCORES if any(each.get(score) is not None for each in every)), None)
+        if shown:
+            label = f"{spec}: {SCORE_LABELS[shown]}"
+            panels[label] = lambda row, spec=spec, shown=shown: row["attacks"][spec].get(shown)
+    return panels
+
+
+def whole_information(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """Return the rows of all layers together, by group and target; of the largest family measured."""
+    return {(row["group"], row["target"]): row for row in rows if row["layer"] == ALL}

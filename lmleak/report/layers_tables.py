@@ -1,0 +1,190 @@
+"""Tables and sentences of a layer-wise audit: for the page, and for the console."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rich.table import Table
+
+from lmleak.evaluation.layers_order import LayerScores
+from lmleak.evaluation.layers_protection import FORWARD
+from lmleak.evaluation.layers_settings import Row
+from lmleak.report.layers_figures import SHOWN_SCORES, interval_of, whole_information
+from lmleak.report.rows import compact, percent
+
+SIGNIFICANT = 0.05
+WIDEST = 8  # layers that a console shows side by side
+Curves = Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]
+
+
+def findings(scores: Sequence[LayerScores], rows: Sequence[Row], curves: Curves) -> list[str]:
+    """Return the main results, one sentence or two each.
+
+    Args:
+        scores: The metrics.
+        rows: Their rows.
+        curves: What is left when layers are hidden.
+
+    Returns:
+        Plain text, one entry per attribute, original and attack.
+    """
+    whole, found = whole_information(rows), []
+    for score in scores:
+        if score.metric.group not in ("latent", "original"):
+            continue
+        best = score.order()[0]
+        low, high = interval_of(score, rows, best)
+        row = whole.get((score.metric.group, score.target)) or score.row(rows, best)
+        alone = f"{best} tells most by itself, {compact(score.values[best])} nats [{compact(low)}, {compact(high)}]"
+        if score.metric.group == "latent":
+            found.append(
+                f"Attribute {score.target}: all layers together tell {compact(row['nats'])} of "
+                f"{compact(row['baseline_nats'])} nats (accuracy {percent(row['accuracy'])}, guessing "
+                f"{percent(row['majority_accuracy'])}); {alone}.{_chance(row)}"
+            )
+        else:
+            found.append(
+                f"Input ({score.target}): all layers together explain {percent(max(row['r_squared'], 0.0))} of its "
+                f"variance to the decoder; {alone}.{_chance(row)}"
+            )
+    return found + _attack_findings(curves)
+
+
+def _chance(row: Row) -> str:
+    p = row.get("p_value")
+    if p is None or p <= SIGNIFICANT:
+        return ""
+    return f" The linear test does not tell it from chance (p = {p:.2f})."
+
+
+def _attack_findings(curves: Curves) -> list[str]:
+    """Return per attack what it recovers of the whole gradient, and the fewest hidden layers that stop it."""
+    if not curves:
+        return []
+    rows = {tuple(sorted(hidden)): row for steps in curves.values() for _, hidden, row in steps}
+    found = []
+    for spec, clean in rows[()]["attacks"].items():
+        if "refused" in clean:
+            found.append(f"Attack {spec} cannot run here: {clean['refused']}")
+            continue
+        stopped = [row for row in rows.values() if "refused" in row["attacks"][spec]]
+        sentence = f"Attack {spec} on the whole gradient: {attack_cell(clean)}."
+        if stopped:
+            fewest = min(stopped, key=lambda row: len(row["hidden"]))
+            sentence += f" It cannot run any more once {' and '.join(fewest['hidden'])} is hidden."
+        worst = [row for row in rows.values() if row["hidden"] and "refused" not in row["attacks"][spec]]
+        if worst:
+            last = max(worst, key=lambda row: len(row["hidden"]))
+            sentence += f" With {', '.join(last['hidden'])} hidden: {attack_cell(last['attacks'][spec])}."
+        found.append(sentence)
+    return found
+
+
+def attack_cell(scores: Mapping[str, Any]) -> str:
+    """Return one attack's outcome in a few words."""
+    if "refused" in scores:
+        return "cannot run"
+    name = next((score for score in SHOWN_SCORES if scores.get(score) is not None), None)
+    if name == "token_recall":
+        return f"{percent(scores[name])} of tokens"
+    return "no finite result" if name is None else f"RMSE {compact(scores[name])}"
+
+
+def score_table(scores: Sequence[LayerScores], rows: Sequence[Row], layers: Mapping[str, int]) -> str:
+    """Return every metric of every layer with its interval, and p-values where there is a test, as HTML."""
+    head = "".join(f"<th>{escape(_heading(score))}</th>" for score in scores)
+    body = []
+    for layer, count in layers.items():
+        cells = "".join(f"<td>{_score_cell(score, rows, layer)}</td>" for score in scores)
+        body.append(f'<tr><td class="name">{escape(layer)}</td><td>{count:,}</td>{cells}</tr>')
+    return (
+        '<div class="scroll" tabindex="0"><table><thead><tr><th class="name">layer</th><th>parameters</th>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _heading(score: LayerScores) -> str:
+    unit = f" ({score.metric.unit})" if score.metric.unit else ""
+    return f"{score.metric.title}{f', {score.target}' if score.target else ''}{unit}"
+
+
+def _score_cell(score: LayerScores, rows: Sequence[Row], layer: str) -> str:
+    low, high = interval_of(score, rows, layer)
+    row = score.row(rows, layer)
+    text = compact(score.values[layer])
+    if low is not None:
+        text += f" <small>[{compact(low)}, {compact(high)}]</small>"
+    if row.get("p_value") is not None:
+        text += f" <small>p = {row['p_value']:.3f}</small>"
+    if row.get("converged") is False:
+        text = f"≈ {text}"
+    return text
+
+
+def protection_table(curves: Curves) -> str:
+    """Return per order what is left after each number of hidden layers, as HTML."""
+    if not curves:
+        return ""
+    first = next(iter(curves.values()))[0][2]
+    head = "".join(f"<th>{escape(name)} (nats)</th>" for name in [*first["latent"], *first["original"]])
+    head += "".join(f"<th>{escape(spec)}</th>" for spec in first["attacks"])
+    body = []
+    for name, steps in curves.items():
+        for k, hidden, row in steps:
+            cells = [_left(row["latent"][target]) for target in row["latent"]]
+            cells += [_left(row["original"][target]) for target in row["original"]]
+            cells += [attack_cell(scores) for scores in row["attacks"].values()]
+            label = escape(name) if k == 0 else ""
+            last = escape(" → ".join(hidden)) if hidden else "nothing"
+            body.append(
+                f'<tr><td class="name">{label}</td><td class="name">{last}</td>'
+                + "".join(f"<td>{cell}</td>" for cell in cells)
+                + "</tr>"
+            )
+    return (
+        '<div class="scroll" tabindex="0"><table><thead><tr><th class="name">order</th><th class="name">hidden, first '
+        f"to last</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _left(information: Mapping[str, Any]) -> str:
+    low, high = compact(information["low"]), compact(information["high"])
+    return f"{compact(information['nats'])} <small>[{low}, {high}]</small>"
+
+
+def layers_table(scores: Sequence[LayerScores], layers: Mapping[str, int]) -> Table:
+    """Return the table for the console: metrics down; across, the layers, or of many the three that leak most."""
+    table = Table(title="Leakage per layer (* leaks most)")
+    table.add_column("metric")
+    table.add_column("unit")
+    few = len(layers) <= WIDEST
+    for name in layers if few else ("first", "second", "third"):
+        table.add_column(name, justify="right")
+    for score in scores:
+        order = score.order()
+        if few:
+            cells = [("*" if layer == order[0] else "") + compact(score.values[layer]) for layer in layers]
+        else:
+            cells = [f"{layer} {compact(score.values[layer])}" for layer in order[:3]]
+        table.add_row(score.name, score.metric.unit or "–", *cells)
+    return table
+
+
+def orders_table(curves: Curves) -> Table:
+    """Return the table for the console: orders down; what is left when half of the layers are hidden, across."""
+    steps = curves[FORWARD]
+    half = len(steps) // 2
+    first = steps[0][2]
+    table = Table(title=f"What is left with {steps[half][0]} layer(s) hidden, by order of hiding")
+    table.add_column("order")
+    table.add_column("hidden")
+    for name in [*first["latent"], *first["original"]]:
+        table.add_column(f"{name}\nnats", justify="right")
+    for spec in first["attacks"]:
+        table.add_column(spec, justify="right")
+    nothing = ("(none)", steps[0])
+    for name, (_, hidden, row) in [nothing, *((name, found[half]) for name, found in curves.items())]:
+        cells = [compact(part["nats"]) for group in ("latent", "original") for part in row[group].values()]
+        cells += [attack_cell(scores) for scores in row["attacks"].values()]
+        table.add_row(name, " → ".join(hidden) or "nothing", *cells)
+    return table
