@@ -1,0 +1,155 @@
+"""The scaling recipes: power laws with known exponents, settings, one tiny study, one tiny race of two processes."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmleak.config import parse_config
+from lmleak.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "scaling_study").glob("*.yaml"))
+
+
+def recipe(name: str):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
+
+
+@pytest.fixture(scope="module")
+def fits():
+    return recipe("scaling_fits")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return recipe("scaling_study")
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    return recipe("scaling_throughput")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_is_read_by_the_real_parser(study, throughput, path):
+    config_class = throughput.ThroughputConfig if "throughput" in path.stem else study.ScalingConfig
+    assert parse_config(config_class, ["--config", str(path)]).output.startswith("runs/scaling_")
+
+
+def test_wrong_settings_are_refused(study, throughput):
+    for arguments in (
+        ["--shapes", "5x128", "5x256"], ["--shapes", "5x100", "5x128", "5x256"], ["--shapes", "x", "5x128", "5x256"],
+        ["--noise-levels", "0"], ["--attack", "spam"], ["--max-length", "1000"], ["--seeds", "0"],
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            parse_config(study.ScalingConfig, arguments)
+    for arguments in (["--processes", "2"], ["--scaling", "odd"], ["--hardware", "none.yaml"], ["--repeats", "0"]):
+        with pytest.raises(ConfigError):
+            parse_config(throughput.ThroughputConfig, arguments)
+
+
+def test_an_exact_power_law_is_found(fits):
+    sizes = [1e6, 4e6, 15e6, 40e6]
+    cells = np.exp(np.random.default_rng(0).normal(size=(1, 3, 5)))  # a factor of each seed and text, at every size
+    values = 0.3 * (np.array(sizes) / 1e6)[:, None, None] ** -0.4 * cells / np.exp(np.log(cells).mean())
+    law = fits.power_law(sizes, values, seed=0)
+    assert law["exponent"] == pytest.approx(-0.4)
+    assert law["at_1M"] == pytest.approx(0.3)
+    assert (law["low"], law["high"]) == pytest.approx((-0.4, -0.4))  # factors common to all sizes cost no certainty
+    assert law["sizes"] == 4
+
+
+def test_the_interval_covers_the_exponent_as_often_as_it_says(fits, monkeypatch):
+    """Independent noise per cell: a 95 % interval; the pigeonhole bootstrap is known to be somewhat wide."""
+    monkeypatch.setattr(fits, "RESAMPLES", 200)
+    sizes, generator, hits = np.array([1e6, 4e6, 16e6]), np.random.default_rng(1), 0
+    for trial in range(60):
+        values = (sizes / 1e6)[:, None, None] ** 0.25 * np.exp(0.2 * generator.normal(size=(3, 4, 6)))
+        law = fits.power_law(sizes, values, seed=trial)
+        hits += law["low"] <= 0.25 <= law["high"]
+    assert hits >= 54
+
+
+def test_missing_cells_are_left_out_and_too_few_sizes_give_nothing(fits):
+    values = np.array([1.0, 2.0, 4.0])[:, None, None] * np.ones((3, 2, 2))
+    values[1, 0, 0] = np.nan
+    assert fits.power_law([1, 2, 4], values, seed=0)["exponent"] == pytest.approx(1)
+    values[1] = np.nan
+    law = fits.power_law([1, 2, 4], values, seed=0)
+    assert (law["exponent"], law["sizes"]) == (None, 2)
+
+
+def test_the_noise_of_half_recall_follows_its_law(fits):
+    """Recall falls from 1 to 0 over a decade around 2 N: the crossing is at 2 N, and its exponent 1."""
+    sizes, levels = [1.0, 2.0, 4.0], np.geomspace(0.1, 100, 61)
+    recall = np.array([np.clip(0.5 - np.log10(levels / (2 * n)), 0, 1) for n in sizes])
+    assert [fits.crossing(levels, line) for line in recall] == pytest.approx([2, 4, 8])
+    cells = np.broadcast_to(recall[:, None, None], (3, 2, 2, 61)).copy()
+    law = fits.power_law(sizes, cells, seed=0, reduce=lambda r: fits.crossing(levels, r))
+    assert law["exponent"] == pytest.approx(1)
+    assert np.isnan(fits.crossing([1, 2], [0.9, 0.8]))
+    assert np.isnan(fits.crossing([1, 2], [0.2, 0.1]))
+
+
+def test_shapes_have_the_parameters_that_they_are_named_for(study):
+    """12 L w^2 and the biases and norms, embeddings aside."""
+    adapter = study.adapter_of("2x64", 0, "cpu")
+    count = sum(p.numel() for n, p in adapter.parameters().items() if n not in study.EMBEDDINGS)
+    assert count == 2 * (12 * 64**2 + 13 * 64) + 2 * 64
+    other = study.adapter_of("2x64", 1, "cpu")
+    assert adapter.weights_digest() != other.weights_digest()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "recipes" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
+
+
+@pytest.mark.slow
+def test_a_tiny_study_gives_rows_laws_and_a_figure(tmp_path):
+    done = run(
+        "scaling_study.py", "--shapes", "1x64", "2x64", "2x128", "--seeds", "1", "--samples", "2", "--max-length", "5",
+        "--noise-levels", "0.1", "1000", "--device", "cpu", "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["shape"] for row in rows] == ["1x64", "2x64", "2x128"] * 2
+    for row in rows:
+        assert 0 < row["lower_bound"] <= row["cg_bound"]
+        assert row["clean_recall"] == 1.0
+        assert row["recall"]["0.1"] >= row["recall"]["1000"]
+    laws = (tmp_path / "out" / "laws.csv").read_text().splitlines()
+    assert laws[0] == "quantity,unit,exponent,low,high,at_1M,sizes"
+    assert any(line.startswith("I_lb at noise 1,embedding spread,-0.") for line in laws)  # larger models are riskier
+    assert (tmp_path / "out" / "laws.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("split", ["examples", "probes", "restarts"])
+def test_two_processes_race_and_agree_bit_for_bit(tmp_path, split):
+    done = run(
+        "scaling_throughput.py", "--scaling", "strong", "--repeats", "1", "--samples", "4", "--steps", "10",
+        "--max-length", "5", "--device", "cpu", "--split", split, "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out" / f"throughput-{split}.csv").read_text().splitlines()
+    entries = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert [entry["processes"] for entry in entries] == ["1", "2"]
+    assert all(entry["identical"] == "True" and float(entry["rate"]) > 0 for entry in entries)
+    times = json.loads((tmp_path / "out" / split / "strong-2-0" / "timing.json").read_text())
+    assert all(process["done"] for process in times)  # both really worked
