@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
 
 from lmleak.evaluation.layers import ALL, Row
 from lmleak.metrics.agreement import rank_correlation
+
+EXACT_LAYERS, DRAWN_ORDERS = 7, 9_999
 
 
 @dataclass(frozen=True)
@@ -116,23 +121,38 @@ def layer_scores(rows: Sequence[Row]) -> list[LayerScores]:
 def rank_agreement(scores: Sequence[LayerScores], *, seed: int = 0) -> list[dict[str, Any]]:
     """Return Spearman's rank correlation over layers of every pair of metrics, larger meaning more leakage in both.
 
-    The 95 % percentile bootstrap interval is over layers: it asks what another network's layers might say. Over the
-    handful of layers of a small network it is wide, and of fewer than three it does not exist.
+    The 95 % percentile bootstrap interval is over layers: it asks what other layers might say. Of a handful of layers
+    it says little (four in the same order give [1, 1]), so the two-sided p-value against random orders of the layers
+    stands beside it: all orders of up to seven layers, else 9,999 drawn ones and the one observed.
 
     Args:
         scores: The metrics.
-        seed: Seed of the bootstrap.
+        seed: Seed of the bootstrap and of the orders.
 
     Returns:
-        One entry per pair: ``first``, ``second``, ``value``, ``low``, ``high``, ``layers`` and, where something is
-        None, the ``note`` why.
+        One entry per pair: ``first``, ``second``, ``layers``, ``value``, ``low``, ``high``, ``p_value`` and, where
+        something is None, the ``note`` why.
     """
     found = []
     for a, b in combinations(scores, 2):
         entry = {"first": a.name, "second": b.name, "layers": len(a.values)}
         if len(a.values) < 3:
-            found.append(entry | {"value": None, "low": None, "high": None, "note": "fewer than three layers"})
+            empty = dict.fromkeys(("value", "low", "high", "p_value"))
+            found.append(entry | empty | {"note": "fewer than three layers"})
             continue
         c = rank_correlation(a.leak(), b.leak(), seed=seed)
-        found.append(entry | {"value": c.value, "low": c.low, "high": c.high, "note": c.reason})
+        p = None if c.value is None else _p_value(a.leak(), b.leak(), seed)
+        found.append(entry | {"value": c.value, "low": c.low, "high": c.high, "p_value": p, "note": c.reason})
     return found
+
+
+def _p_value(a: Sequence[float], b: Sequence[float], seed: int) -> float:
+    """Return how often random orders of the layers correlate as strongly, in either direction."""
+    first, second = (rankdata(values) - (len(a) + 1) / 2 for values in (a, b))
+    if len(a) <= EXACT_LAYERS:
+        orders = np.array(list(permutations(range(len(a)))))
+    else:
+        generator = np.random.default_rng(seed)
+        orders = np.stack([np.arange(len(a)), *(generator.permutation(len(a)) for _ in range(DRAWN_ORDERS))])
+    reached = np.abs(first[orders] @ second) >= np.abs(first @ second) - 1e-9
+    return float(reached.mean())

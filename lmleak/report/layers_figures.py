@@ -1,17 +1,20 @@
 """Figures of a layer-wise audit: every metric over the network, their agreement, and what hiding layers leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.layers_settings import ALL, Row
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
 
+Curves = Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]
 COLUMNS = 3
 """Panels side by side."""
 PANEL = {"original": BLUE, "latent": PURPLE}
@@ -20,8 +23,8 @@ MARKERS = "osD^vPX"
 SHOWN_SCORES = ("token_recall", "rmse")
 """The score of an attack that is drawn: the first of these that it has."""
 SCORE_LABELS = {
-    "token_recall": "tokens recovered by the attack (share, 0 to 1)",
-    "rmse": "RMSE of the attack (model-input units, rms)",
+    "token_recall": "tokens recovered (share, 0 to 1)",
+    "rmse": "error (model-input units, rms)",
 }
 
 
@@ -69,6 +72,7 @@ def _bars(axes: Axes, score: LayerScores, rows: Sequence[Row], layers: Sequence[
     axes.set_xlabel(f"{score.metric.title}{unit}" + (f": {score.target}" if score.target else ""), fontsize=9.5)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.tick_params(labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.spines["right"].set_visible(False)
     axes.grid(axis="x", color="#E4E7EB", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -88,7 +92,7 @@ def interval_of(score: LayerScores, rows: Sequence[Row], layer: str) -> tuple[fl
 def agreement_matrix(scores: Sequence[LayerScores], agreement: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draw Spearman's rank correlation over the layers for every pair of metrics.
 
-    A cell whose 95 % bootstrap interval over layers excludes 0 is bold.
+    Bold where a permutation of the layers reaches it in less than one case in twenty.
 
     Args:
         scores: The metrics.
@@ -111,7 +115,7 @@ def agreement_matrix(scores: Sequence[LayerScores], agreement: Sequence[Mapping[
                 continue
             i, j = names.index(entry["first"]), names.index(entry["second"])
             matrix[i, j] = matrix[j, i] = entry["value"]
-            sure = entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
+            sure = entry["p_value"] <= 0.05
             for a, b in ((i, j), (j, i)):
                 axes.text(
                     b, a, f"{entry['value']:+.1f}".replace("-", "−"), ha="center", va="center", fontsize=8.5,
@@ -125,8 +129,11 @@ def agreement_matrix(scores: Sequence[LayerScores], agreement: Sequence[Mapping[
     return figure
 
 
-def residual_curves(curves: Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]) -> Figure | None:
+def residual_curves(curves: Curves) -> Figure | None:
     """Draw what is left when the first k layers of each order are hidden: information and attacks.
+
+    A panel about an attribute leaves out the orders that other attributes give, a panel about the input those of all
+    attributes; the table has them all. A cross below zero is an attack that cannot run.
 
     Args:
         curves: Of :func:`lmleak.evaluation.layers_protection.curves`.
@@ -137,49 +144,86 @@ def residual_curves(curves: Mapping[str, Sequence[tuple[int, tuple[str, ...], Ro
     panels = residual_panels(curves)
     if not panels:
         return None
+    styles = dict(zip(curves, zip(cycle(LINES), cycle(MARKERS), cycle(("-", "--", ":"))), strict=False))
     count = -(-len(panels) // 2)
     with house_style():
-        figure = Figure(figsize=(11.2, 0.9 + 3.3 * count + 0.2 * len(curves)), layout="constrained")
+        figure = Figure(figsize=(11.2, 3.3 * count + 0.5 + 0.09 * len(curves)), layout="constrained")
         grid = figure.subplots(count, 2, squeeze=False)
-        for axes, (label, value) in zip(grid.flat, panels.items(), strict=False):
-            styles = zip(cycle(LINES), cycle(MARKERS), cycle(["-", "--", ":"]))
-            for (name, steps), (colour, marker, dash) in zip(curves.items(), styles, strict=False):
-                points = [(k, y) for k, _, row in steps if (y := value(row)) is not None]
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True), color=colour, marker=marker, linestyle=dash, linewidth=1.2,
-                        markersize=5, alpha=0.85, label=name,
-                    )  # fmt: skip
-            axes.set_xlabel("layers hidden (count)")
-            axes.set_ylabel(label, fontsize=9.5)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.spines["right"].set_visible(False)
-            axes.grid(color="#E4E7EB", linewidth=0.8)
-            axes.set_axisbelow(True)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for name in panel.orders:
+                colour, marker, dash = styles[name]
+                points = [(k, value) for k, _, row in curves[name] if (value := panel.value(row)) is not None]
+                axes.plot(
+                    [k for k, _ in points], [value for _, value in points], color=colour, marker=marker,
+                    linestyle=dash, linewidth=1.3, markersize=5, alpha=0.85, label=name,
+                )  # fmt: skip
+            _axes_of_panel(axes, panel, curves)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=4, title="order of hiding", fontsize=9)
+        found = {}
+        for axes in grid.flat:
+            found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(
+            found.values(), found.keys(), loc="outside lower left", ncols=4, title="order of hiding", fontsize=9
+        )  # fmt: skip
     return figure
 
 
-def residual_panels(curves: Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]) -> dict[str, Any]:
-    """Return the label of every panel of residual risk with the function that reads its number from a row."""
+def _axes_of_panel(axes: Axes, panel: "Panel", curves: Curves) -> None:
+    stopped = sorted({k for name in panel.orders for k, _, row in curves[name] if panel.refused(row)})
+    low, high = axes.get_ylim()
+    top = 1.05 if panel.share else high + 0.05 * (high - min(low, 0))
+    if stopped:
+        axes.plot(stopped, [-0.06 * top] * len(stopped), linestyle="none", marker="x", color=INK, label="cannot run")
+    axes.set_ylim(min(low if low < 0 else 0, -0.12 * top if stopped else 0), top)
+    axes.set_xlabel("layers hidden (count)")
+    axes.set_ylabel(panel.label, fontsize=9.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines["right"].set_visible(False)
+    axes.grid(color="#E4E7EB", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One number that is left when layers are hidden."""
+
+    label: str
+    orders: tuple[str, ...]
+    """Whose curves are drawn."""
+    value: Callable[[Row], float | None]
+    refused: Callable[[Row], bool] = lambda row: False
+    share: bool = False
+    """Whether it lies in [0, 1]."""
+
+
+def residual_panels(curves: Curves) -> list[Panel]:
+    """Return the panels of residual risk: one per attribute, per original and per attack."""
     steps = next(iter(curves.values()), [])
-    if not steps:
-        return {}
+    if len(steps) < 2:
+        return []
     row = steps[0][2]
-    panels: dict[str, Any] = {}
+    about = lambda name: name.partition(":")[2]
+    of_input = tuple(name for name in curves if about(name) not in row["latent"])
+    panels = []
     for name in row["latent"]:
-        panels[f"information left about {name} (nats)"] = lambda row, name=name: row["latent"][name]["nats"]
+        orders = tuple(order for order in curves if about(order) in ("", name))
+        panels.append(Panel(
+            f"information left about {name} (nats)", orders, lambda row, name=name: row["latent"][name]["nats"]
+        ))  # fmt: skip
     for name in row["original"]:
-        panels[f"information left about {name} (nats)"] = lambda row, name=name: row["original"][name]["nats"]
+        panels.append(Panel(
+            f"information left about {name} (nats)", of_input, lambda row, name=name: row["original"][name]["nats"]
+        ))  # fmt: skip
     for spec in row["attacks"]:
         every = [r["attacks"][spec] for curve in curves.values() for _, _, r in curve]
         shown = next((score for score in SHOWN_SCORES if any(each.get(score) is not None for each in every)), None)
         if shown:
-            label = f"{spec}: {SCORE_LABELS[shown]}"
-            panels[label] = lambda row, spec=spec, shown=shown: row["attacks"][spec].get(shown)
+            panels.append(Panel(
+                f"{spec}: {SCORE_LABELS[shown]}", of_input,
+                lambda row, spec=spec, shown=shown: row["attacks"][spec].get(shown),
+                refused=lambda row, spec=spec: "refused" in row["attacks"][spec], share=shown == "token_recall",
+            ))  # fmt: skip
     return panels
 
 

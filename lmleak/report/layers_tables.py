@@ -9,12 +9,11 @@ from rich.table import Table
 from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.layers_protection import FORWARD
 from lmleak.evaluation.layers_settings import Row
-from lmleak.report.layers_figures import SHOWN_SCORES, interval_of, whole_information
+from lmleak.report.layers_figures import SHOWN_SCORES, Curves, interval_of, whole_information
 from lmleak.report.rows import compact, percent
 
 SIGNIFICANT = 0.05
 WIDEST = 8  # layers that a console shows side by side
-Curves = Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]
 
 
 def findings(scores: Sequence[LayerScores], rows: Sequence[Row], curves: Curves) -> list[str]:
@@ -121,29 +120,36 @@ def _score_cell(score: LayerScores, rows: Sequence[Row], layer: str) -> str:
     return text
 
 
+def hidden_rows(curves: Curves) -> list[tuple[tuple[str, ...], Row, list[str]]]:
+    """Return every set of hidden layers once: the layers in the network's order, its row, the orders that begin so."""
+    found: dict[tuple[str, ...], tuple[Row, list[str]]] = {}
+    for name, steps in curves.items():
+        for _, _, row in steps:
+            found.setdefault(tuple(row["hidden"]), (row, []))[1].append(name)
+    return [(hidden, *found[hidden]) for hidden in sorted(found, key=len)]
+
+
 def protection_table(curves: Curves) -> str:
-    """Return per order what is left after each number of hidden layers, as HTML."""
+    """Return what is left for every set of hidden layers, with the orders that hide it first, as HTML."""
     if not curves:
         return ""
     first = next(iter(curves.values()))[0][2]
     head = "".join(f"<th>{escape(name)} (nats)</th>" for name in [*first["latent"], *first["original"]])
     head += "".join(f"<th>{escape(spec)}</th>" for spec in first["attacks"])
     body = []
-    for name, steps in curves.items():
-        for k, hidden, row in steps:
-            cells = [_left(row["latent"][target]) for target in row["latent"]]
-            cells += [_left(row["original"][target]) for target in row["original"]]
-            cells += [attack_cell(scores) for scores in row["attacks"].values()]
-            label = escape(name) if k == 0 else ""
-            last = escape(" → ".join(hidden)) if hidden else "nothing"
-            body.append(
-                f'<tr><td class="name">{label}</td><td class="name">{last}</td>'
-                + "".join(f"<td>{cell}</td>" for cell in cells)
-                + "</tr>"
-            )
+    for hidden, row, orders in hidden_rows(curves):
+        cells = [_left(part) for group in ("latent", "original") for part in row[group].values()]
+        cells += [attack_cell(scores) for scores in row["attacks"].values()]
+        chosen = "all" if len(orders) == len(curves) else ", ".join(orders)
+        body.append(
+            f'<tr><td class="name">{escape(", ".join(hidden)) or "nothing"}</td>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + f'<td class="name"><small>{escape(chosen)}</small></td></tr>'
+        )
     return (
-        '<div class="scroll" tabindex="0"><table><thead><tr><th class="name">order</th><th class="name">hidden, first '
-        f"to last</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        '<div class="scroll" tabindex="0"><table><thead><tr><th class="name">hidden</th>'
+        f'{head}<th class="name">orders that hide these first</th></tr></thead><tbody>{"".join(body)}</tbody></table>'
+        "</div>"
     )
 
 
@@ -171,20 +177,23 @@ def layers_table(scores: Sequence[LayerScores], layers: Mapping[str, int]) -> Ta
 
 
 def orders_table(curves: Curves) -> Table:
-    """Return the table for the console: orders down; what is left when half of the layers are hidden, across."""
+    """Return the table for the console: what is left when half of the layers are hidden, which, and by whose choice.
+
+    Sets of hidden layers that several orders choose are shown once.
+    """
     steps = curves[FORWARD]
-    half = len(steps) // 2
+    half = steps[len(steps) // 2][0]
     first = steps[0][2]
-    table = Table(title=f"What is left with {steps[half][0]} layer(s) hidden, by order of hiding")
-    table.add_column("order")
-    table.add_column("hidden")
+    table = Table(title=f"What is left with {half} layer(s) hidden")
+    table.add_column("hidden", overflow="fold")
     for name in [*first["latent"], *first["original"]]:
         table.add_column(f"{name}\nnats", justify="right")
     for spec in first["attacks"]:
         table.add_column(spec, justify="right")
-    nothing = ("(none)", steps[0])
-    for name, (_, hidden, row) in [nothing, *((name, found[half]) for name, found in curves.items())]:
-        cells = [compact(part["nats"]) for group in ("latent", "original") for part in row[group].values()]
-        cells += [attack_cell(scores) for scores in row["attacks"].values()]
-        table.add_row(name, " → ".join(hidden) or "nothing", *cells)
+    table.add_column("hidden first by", overflow="fold")
+    for hidden, row, orders in hidden_rows(curves):
+        if len(hidden) in (0, half):
+            cells = [compact(part["nats"]) for group in ("latent", "original") for part in row[group].values()]
+            cells += [attack_cell(scores) for scores in row["attacks"].values()]
+            table.add_row(", ".join(hidden) or "nothing", *cells, ", ".join(orders) if hidden else "")
     return table
