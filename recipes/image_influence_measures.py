@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from image_study_parts import TruthCurvature
+from image_study_parts import UNDAMPED, TruthCurvature
 from torch import Tensor
 
 from lmleak.attacks.image_base import ImageProblem
@@ -109,6 +109,8 @@ def local_rmse(
     observation = release.shared.observation(lengths=False, labels=True)
     problem = ImageProblem(study.adapter, observation, observation.labels)
     truth = study.adapter.input(batch)
-    solver = "auto" if directions is None else partial(TruthCurvature, directions=directions)
-    found = levenberg_marquardt(problem, truth, prior_weight=prior_weight, iterations=iterations, solver=solver)
+    steps = {} if directions is None else {
+        "solver": partial(TruthCurvature, directions=directions), "damping": UNDAMPED
+    }  # fmt: skip
+    found = levenberg_marquardt(problem, truth, prior_weight=prior_weight, iterations=iterations, **steps)
     return torch.linalg.vector_norm((found.images - truth).double()).item() / math.sqrt(truth.numel())

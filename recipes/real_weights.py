@@ -11,9 +11,8 @@ deviation is about 1.
 Trained weights make A = J J^T so ill-conditioned that Krylov solves do not converge. Of the first images A is
 therefore computed as a matrix: I2F, MAP and bayes errors exact to first order, effective rank, and the share of pixels
 that the noisy gradient determines. On these the data owner searches as well, with steps by that spectrum:
-  local       from the truth, on the noisy gradient
-  near        from the truth plus noise of a tenth of a pixel's deviation, on the noisy gradient
-  near-clean  from there, on the clean gradient
+  local      from the truth, on the noisy gradient
+  near(0.1)  from the truth plus noise of a tenth of a pixel's deviation, on the clean gradient
 No attacker can do so. They say what an attacker with a perfect search, or with a good guess, would see.
 
 A killed run continues where it stopped. One process or several give the same rows.
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 from image_influence_measures import linearized, predictions
-from image_study_parts import LocalAttacker, TruthCurvature
+from image_study_parts import LOCAL, UNDAMPED, LocalAttacker, TruthCurvature
 from image_tables import Entry, in_few_colours, mean, publish, root_mean_square
 
 from lmleak.attacks.image_labels import class_labels
@@ -52,8 +51,6 @@ from lmleak.report.image_grid import image_grid
 from lmleak.types import Batch
 
 CLEAN = ["none"]
-SEARCHES = ("local", "near", "near-clean")
-ON_NOISY = ("local", "near")
 EXACT = {
     "influence_rms": "I2F_rms", "map_rms": "MAP_rms", "bayes_rms": "bayes_rms", "lambda_max": "lambda_max",
     "lambda_min": "lambda_min", "rank": "rank",
@@ -79,18 +76,17 @@ class WeightsConfig(ImageStudyConfig):
     """Most numbers that J may hold as a matrix (8 GiB in float64); beyond, J J^T is formed by products: slower."""
     pixel_std: float = 0.1
     """A pixel is determined if its posterior deviation is below this part of the prior's."""
-    near: float = 0.1
-    """Distance from the truth at which "near" starts, root mean square in normalised pixels."""
-    local_iterations: int = 100
+    near: list[float] = field(default_factory=lambda: [0.001, 0.1])
+    """Distances from the truth at which "near" starts, root mean square in normalised pixels."""
+    local_iterations: int = 25
     """Most steps of the attackers that start at the truth or near it."""
     output: str = "runs/real_weights"
     """Folder for rows, table and figure."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("exact", "near"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.exact < 0 or not all(0 < distance < float("inf") for distance in self.near):
+            raise ConfigError(f"exact must be at least 0 and near positive, got {self.exact} and {self.near}")
         for name in ("noise", "pixel_std", "local_iterations", "largest_matrix", "products"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
@@ -149,13 +145,13 @@ def image_rows(config: WeightsConfig, study: ImageStudy, sample: int) -> list[di
     if sample >= config.exact:
         return rows
     weight = (measured["noise_std"] / study.adapter.prior().std) ** 2
-    searches = {"local": (noisy, 0.0, weight), "near": (noisy, config.near, weight)}
-    searches["near-clean"] = (clean, config.near, 0.0)
+    searches = {LOCAL: (noisy, 0.0, weight)} | {f"near({d:g})": (clean, d, 0.0) for d in config.near}
     common = {name: rows[0][name] for name in ("sample", "indices", "labels")} | measured
     for name, (release, distance, prior_weight) in searches.items():
         search = LocalAttacker(
             truth=study.adapter.input(batch), distance=distance, prior_weight=prior_weight,
             iterations=config.local_iterations, solver=partial(TruthCurvature, directions=directions),
+            damping=UNDAMPED, step_tolerance=1e-8,
         )  # fmt: skip
         scored = scored_image_attack(search, study.adapter, release.shared, batch, seed=seed, keep_images=True)
         rows.append({"key": f"{sample}|{name}"} | common | {"attack": name} | scored)
@@ -166,7 +162,7 @@ def summary(rows: Sequence[dict]) -> list[Entry]:
     """Return one line per image and attack, and one of means per attack."""
     lines = [
         {
-            "attack": r["attack"], "gradient": "noisy" if r["attack"] in ON_NOISY else "clean",
+            "attack": r["attack"], "gradient": "noisy" if r["attack"] == LOCAL else "clean",
             "image": str(r["indices"][0]), "loss": r["loss"],
             "label_read": str(r["label_inferred"]), "I_lb_rms": r["lower_bound_rms"],
             "CG_bound_rms": r["cg_bound_rms"], "MAP_rms": r["predicted_rms"],
@@ -224,7 +220,8 @@ def main(argv: list[str]) -> None:
         publish(output, "real_weights", summary(rows))
         draw(study, rows, config.attacks, config.samples, output / "real_weights.png")
         if config.exact:
-            draw(study, rows, SEARCHES, min(config.exact, config.samples), output / "real_weights_local.png")
+            searches = [LOCAL, *(f"near({distance:g})" for distance in config.near)]
+            draw(study, rows, searches, min(config.exact, config.samples), output / "real_weights_local.png")
     finish(state)
 
 
