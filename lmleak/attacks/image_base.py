@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions, Attack
-from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, kept_coordinates, unmatched_note
+from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, kept_coordinates
 from lmleak.attacks.image_labels import class_labels
 from lmleak.errors import ConfigError, UnsupportedCombinationError
 from lmleak.gradients.aggregate import update_of
@@ -23,6 +23,8 @@ from lmleak.lookup import lookup
 from lmleak.types import AttackCost, ImageReconstruction, Observation
 
 LARGEST_OPTION = 1e30  # beyond it, float32 overflows inside the optimiser
+RANDOM_GUESSES = 4  # images that know nothing, beside the mean image and a grey one
+UNSEEN = 0.05  # a larger part of a guess's error left in what the gradient sees deserves a note
 LABELS = {"given": True, "inferred": False}  # whether the server must be told
 
 Distance = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -237,8 +239,67 @@ class ImageProblem:
         best = min(attempts, key=lambda attempt: attempt.objective)
         return self.reconstruction(
             attack, best.images, iterations=sum(attempt.iterations for attempt in attempts), stopped=best.stopped,
-            objective=best.objective if math.isfinite(best.objective) else None, notes=unmatched_note(best.objective),
+            objective=best.objective if math.isfinite(best.objective) else None,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def guesses(self) -> list[Tensor]:
+        """Return images (B, C, H, W) of somebody who saw no gradient: the mean, a grey one, random valid pixels."""
+        generator = torch.Generator().manual_seed(0)
+        levels = [torch.rand(self.shape, generator=generator, dtype=self.dtype) for _ in range(RANDOM_GUESSES)]
+        levels.append(torch.full(self.shape, 0.5, dtype=self.dtype))
+        mean = self.boxed(self.adapter.prior().mean.expand(self.shape))
+        return [mean, *(self.low + (self.high - self.low) * level.to(self.device) for level in levels)]
+
+    def distance(self, x: Tensor) -> float:
+        """Return one minus the cosine of g(x) and g* on the compared coordinates; no part of the attack's cost.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            The distance; 1 where one of both is zero, infinity where g(x) is not finite.
+        """
+        update, _ = update_of(self.adapter, x, self.labels, {}, self.names, self.aggregation)
+        own = {n: g.double() * self.kept.get(n, 1) for n, g in update.items()}
+        pairs = [(own[n], g.double()) for n, g in self.observed.items()]
+        inner, *squares = (
+            sum((a * b).sum().item() for a, b in chosen)
+            for chosen in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+        )
+        norms = math.sqrt(squares[0] * squares[1])
+        distance = 1 - inner / norms if norms else 1.0
+        return max(0.0, distance) if math.isfinite(distance) else math.inf
+
+    def match_notes(self, images: Tensor) -> tuple[str, ...]:
+        """Return what the server can say of a result without the truth: whether the gradient was matched, and how far.
+
+        To first order one minus the cosine is a square of the error e, weighed by the curvature along each direction,
+        so ``sqrt(distance(images) / least distance of a guess)`` is the part of a guess's error that is left in what
+        the gradient sees. An objective alone says little: the best guess is at 0.004 on the sigmoid LeNet (weights of
+        seed 0), at 0.4 on the untrained small ViT (CIFAR image). Parts measured, with PSNR: LeNet, gs: below 1 %, 47
+        dB; 1.7 %, 32 dB; 17 %, 14 dB; 25 %, 12 dB; ViT: gs 18 %, 8.6 dB; lbfgs 7.6 %, 6.1 dB. One threshold parts
+        these, but not success from failure in general: where the condition number is large, as in the ViT, the part
+        falls long before the image is right. So a small part is said to be no proof.
+
+        Args:
+            images: (B, C, H, W), the result.
+
+        Returns:
+            One note.
+        """
+        left, least = self.distance(images), min(map(self.distance, self.guesses()))
+        part = math.sqrt(left / least) if least else math.inf
+        if part <= UNSEEN:
+            return (
+                f"the gradient was matched: {part:.2g} of a guess's error is left in what it sees; this does not "
+                "prove the images right, since directions that the gradient hardly sees may be wrong",
+            )
+        return (
+            f"the gradient was not matched: {part:.2g} of a guess's error is left in what it sees (one minus the "
+            f"cosine is {left:.2g}, and {least:.2g} for the best of {RANDOM_GUESSES + 2} images that know nothing): "
+            "either it is noisy, or the descent is stuck and more iterations or restarts may recover more",
+        )
 
     def reconstruction(
         self,
@@ -266,5 +327,5 @@ class ImageProblem:
         return ImageReconstruction(
             attack=attack, images=images.detach().cpu(), labels=self.labels.cpu(),
             cost=AttackCost(0.0, self.evaluations, iterations), stopped=stopped, objective=objective,
-            notes=(*self.facts, *notes),
+            notes=(*self.facts, *self.match_notes(images), *notes),
         )  # fmt: skip
