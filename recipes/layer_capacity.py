@@ -32,7 +32,9 @@ from lmleak.evaluation.image_study import TASK
 from lmleak.evaluation.layers import ALL, Measure, Row
 from lmleak.gradients import capture_gradient
 from lmleak.leakage import VInformation, attack_information, learning_curve, v_information
+from lmleak.leakage.cross_fitting import Folds, feature_matrix, make_target
 from lmleak.leakage.families import DECODER, FAMILIES
+from lmleak.leakage.vinformation import information_between
 from lmleak.lookup import lookup
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
 
@@ -93,16 +95,46 @@ def inputs_of(case: Prepared, measure: Measure) -> tuple[np.ndarray, np.ndarray]
     return analysis.features(layers, rows), target
 
 
+def nested_information(
+    features: np.ndarray, targets: np.ndarray, families: Sequence[str], *, folds: int, seed: int
+) -> list[VInformation]:
+    """Return ``v_information`` of nested families for the cost of the largest: its members hold those of the others.
+
+    Args:
+        features: X (n, p).
+        targets: Y.
+        families: Some of ``FAMILIES``.
+        folds: K of the cross-fitting.
+        seed: Seed of folds, members and bootstrap.
+
+    Returns:
+        One information per family, in the order given.
+    """
+    target, matrix = make_target(targets), feature_matrix(features, len(targets))
+    division = Folds(target, folds, seed)
+    constant = division.constant_candidates()
+    fitted = division.candidates(matrix, max(families, key=FAMILIES.get))
+    found = []
+    for family in families:
+        members = list(target.members)[: FAMILIES[family]]
+        own = [[candidate for candidate in fold if candidate.member in members] for fold in fitted]
+        found.append(information_between(
+            target, division.choose(constant), division.choose(constant, own), family=family,
+            num_features=matrix.shape[1], seed=seed,
+        ))  # fmt: skip
+    return found
+
+
 def family_rows(config: CapacityConfig, case: Prepared, number: int, measure: Measure) -> list[Row]:
-    """Return the information of one family, and for the family of the curve the whole curve."""
+    """Return the information of every family about one target in one layer, and the learning curve of one."""
     features, target = inputs_of(case, measure)
-    options = {"family": measure.family, "folds": config.folds, "seed": config.seed}
-    rows = [row_of(case, number, "family", measure, v_information(features, target, **options))]
-    if measure.family == config.curve_family:
-        sizes = [size for size in config.sizes if size <= len(target)]
-        curve = learning_curve(features, target, sizes, **options)
-        rows += [row_of(case, number, "curve", measure, found) for found in curve.values()]
-    return rows
+    families = [f for f in config.families if f != DECODER or measure.group == "original"]
+    options = {"folds": config.folds, "seed": config.seed}
+    found = nested_information(features, target, families, **options)
+    rows = [row_of(case, number, "family", measure, each) for each in found]
+    sizes = [size for size in config.sizes if size <= len(target)]
+    curve = learning_curve(features, target, sizes, family=config.curve_family, **options)
+    return rows + [row_of(case, number, "curve", measure, each) for each in curve.values()]
 
 
 def attack_rows(config: CapacityConfig, case: Prepared, number: int) -> list[Row]:
@@ -182,7 +214,7 @@ def main(argv: list[str]) -> None:
             lookup("layer", layer, dict.fromkeys([*case.analysis.layers, ALL]))
         items += [
             (i, m) for m in case.analysis.measures()
-            if (not config.layers or m.layer in config.layers) and not (m.family == DECODER and m.group == "latent")
+            if (not config.layers or m.layer in config.layers) and m.family == config.families[0]
         ]  # fmt: skip
         items += [(i, None)] if config.attacked else []
 

@@ -154,7 +154,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     columns = list(dict.fromkeys((r["source"], r["model"]) for r in rows))
     stages = sorted({r["epochs"] for r in rows})
     with house_style():
-        drawing = Figure(figsize=(0.6 + 2.5 * len(columns), 6.2), layout="constrained")
+        drawing = Figure(figsize=(0.8 + 2.5 * len(columns), 7.2), layout="constrained")
         panels = drawing.subplots(2, len(columns), squeeze=False, sharey="row")
         for place, (source, model) in enumerate(columns):
             for axes, group in zip(panels[:, place], ("original", "latent"), strict=True):
@@ -179,8 +179,8 @@ def figure(rows: Sequence[Row]) -> Figure:
                 axes.legend(fontsize=6.5)
             panels[0, place].set_title(f"{source} / {model}")
             panels[1, place].set_xlabel("layer, input to output")
-        panels[0, 0].set_ylabel("original information, R² of the input")
-        panels[1, 0].set_ylabel("latent information, share of the entropy")
+        panels[0, 0].set_ylabel("original information\n(R² of the input)")
+        panels[1, 0].set_ylabel("latent information\n(share of the entropy told)")
     return drawing
 
 

@@ -107,6 +107,18 @@ def test_a_decoder_trained_on_other_gradients_is_misled_and_one_of_the_same_kind
     assert v_information(flipped, y, folds=3, seed=0).low > 0.1
 
 
+def test_nested_families_cost_one_fit_and_say_the_same(recipe):
+    from lmleak.leakage import v_information
+
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((150, 3))
+    y = (x[:, 0] * x[:, 1] > 0).astype(int)  # no line tells it, a forest does
+    linear, forest = recipe("layer_capacity").nested_information(x, y, ["linear", "forest"], folds=2, seed=0)
+    assert linear.nats == pytest.approx(v_information(x, y, family="linear", folds=2, seed=0).nats)
+    assert forest.nats == pytest.approx(v_information(x, y, family="forest", folds=2, seed=0).nats)
+    assert forest.low > linear.high
+
+
 def test_text_networks_start_from_the_reference_or_at_random_and_training_helps(recipe):
     models, cases = recipe("layer_models"), recipe("layer_cases")
     config = cases.LayerStudyConfig(cases=["messages:gpt2"], count=120)
