@@ -201,7 +201,11 @@ def refuse_unfit(model: nn.Module) -> None:
         if type(p.data).__name__ == "DTensor":
             raise UnsupportedModelError(f"parameter {name!r} is sharded over devices; gather the model first")
         if p.is_meta:
-            raise UnsupportedModelError(f"parameter {name!r} has no data (meta device); load the weights first")
+            raise UnsupportedModelError(
+                f"parameter {name!r} has no data here (meta device): it is not loaded, or accelerate offloaded it to "
+                "the CPU or the disk, and second derivatives need every weight in place while their graphs live. "
+                "Load it, or pass a device_map of GPUs alone (or of the CPU alone)"
+            )
         if p.dtype not in (torch.float32, torch.float64):
             raise UnsupportedModelError(
                 f"parameter {name!r} is {p.dtype}; second derivatives need float32 or float64: pass model.float()"

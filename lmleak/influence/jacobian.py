@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
-from lmleak.errors import ConfigError, DataError
+from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.influence.factored import FactoredProducts
 from lmleak.influence.products import AutodiffProducts, DenseProducts, Products
 from lmleak.linops import FunctionOperator
@@ -143,6 +143,12 @@ class GradientJacobian(InputJacobian):
         self.theta = {name: parameters[name] for name in selection.names}
         super().__init__(adapter.input(batch), adapter.free(batch), {n: p.shape for n, p in self.theta.items()})
         products_class = lookup("implementation", implementation, IMPLEMENTATIONS)
+        devices = sorted({str(p.device) for p in self.theta.values()})
+        if len(devices) > 1 and implementation != "autodiff":
+            raise UnsupportedCombinationError(
+                f"the model lies on {', '.join(devices)}, and implementation={implementation!r} adds up on one device "
+                "what its layers give; write implementation='autodiff'"
+            )
         self.implementation = implementation
         self._loss = lambda theta, x: adapter.shared_loss(batch, x, theta, selection)
         self._model = adapter.model

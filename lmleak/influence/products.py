@@ -59,7 +59,8 @@ class AutodiffProducts(Products):
 
     def matvec(self, delta):
         """Return J delta by differentiating <g, delta> in x."""
-        pairs = [(self.gradient[n], d) for n, d in delta.items() if n in self.gradient]
+        # Of a model that a device_map spreads over several devices, each layer's part is where the layer is.
+        pairs = [(self.gradient[n], d.to(self.gradient[n].device)) for n, d in delta.items() if n in self.gradient]
         if not pairs:
             return torch.zeros_like(self.x)
         gradients, directions = zip(*pairs, strict=True)
