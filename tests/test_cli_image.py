@@ -157,7 +157,8 @@ def test_the_batch_comes_from_other_data_too(folder, capsys):
         (["--task", "causal-lm"], "classifies images and has no task 'causal-lm'"),
         (["--defenses", "prune(ratio=2)"], "ratio"),
         (["--reference", "gradient.safetensors"], "the reference must stay private"),
-        (["--reference", "lenet8.yaml/r"], "cannot write"),
+        (["--reference", "r.jsonl"], "images are kept in a .safetensors file"),
+        (["--reference", "lenet8.yaml/r.safetensors"], "cannot write"),
         (["--model", "reference-gpt2", "--image-size", "8"], "image_size= is for images"),
     ],
 )
@@ -179,6 +180,7 @@ def test_capture_refuses_bad_input_and_writes_nothing(folder, capsys, options, m
         (["--model", "lenet"], "shape"),
         (["--model", "reference-gpt2"], "The gradient says task 'image-classification' and model 'lenet8.yaml'"),
         (["--output", "gradient.safetensors"], "would overwrite"),
+        (["--output", "r.jsonl"], "recovered images go to a .safetensors file"),
         (["--output", "lenet8.yaml/r.safetensors"], "cannot write"),
     ],
 )

@@ -117,12 +117,17 @@ def run_capture(config: CaptureConfig) -> CaptureResult:
 
     Returns:
         What was written. Bad input is refused before anything is.
+
+    Raises:
+        ConfigError: If a setting is for the other kind of data, among others.
     """
     refuse_unwritable(config.output, "output")
     adapter = load_model(config)
     of_images = isinstance(adapter, VisionAdapter)
     _refuse_options(config, of_images)
     path = config.reference_path(".safetensors" if of_images else ".jsonl")
+    if of_images and path.suffix != ".safetensors":
+        raise ConfigError(f"reference={str(path)!r}: images are kept in a .safetensors file; name one")
     refuse_unwritable(path, "reference")
     if of_images:
         batch, labels = private_images(config, adapter), None

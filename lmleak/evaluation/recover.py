@@ -83,6 +83,8 @@ def run_recovery(config: AttackConfig) -> AttackResult:
     shared = SharedGradient.load(config.gradient)
     output, summary_path = config.output_path(shared.task), config.summary_path(shared.task)
     refuse_unwritable(output, "output")
+    if shared.task == IMAGE_TASK and output.suffix != ".safetensors":
+        raise ConfigError(f"output={str(output)!r}: recovered images go to a .safetensors file; name one")
     spec = config.attack or ("gauss-newton" if shared.task == IMAGE_TASK else "span")
     attack = parse_attack(spec, task=shared.task)
     try:

@@ -72,7 +72,7 @@ def test_private_images_are_of_the_first_half(recipe):
 
 
 def test_priors_are_weighed_as_the_posterior_says(recipe):
-    """-log p(z | g) times 2 sigma^2 / norm^2 is (||g(z) - g||^2 + sigma^2 |z|^2) / norm^2; gias takes a mean of z^2."""
+    """-log p(z | g) times 2 sigma^2 / norm^2 is (||g(z) - g||^2 + sigma^2 |z|^2) / norm^2; gias takes mean(z^2)."""
     config = parse_config(recipe.PriorConfig, [])
     attackers = config.attackers(0.2, norm=5.0, latent_size=24, prior_std=2.0)
     assert attackers["latents"].latent_prior == pytest.approx(0.2**2 / 5**2 * 24)
