@@ -82,7 +82,7 @@ class LayerAnalysis:
         self.layers = audited_layers(adapter, settings.capture)
         parameters = adapter.parameters()
         self.parameters = {n: sum(parameters[p].numel() for p in names) for n, names in self.layers.items()}
-        self.chosen = self._choice(settings.gradients)
+        self.chosen = self.choice(settings.gradients)
 
     def measures(self) -> list[Measure]:
         """Return all pieces of work."""
@@ -139,17 +139,24 @@ class LayerAnalysis:
         """Return the source of some gradients, if the data says."""
         return None if self.examples.groups is None else np.asarray(self.examples.groups)[rows]
 
+    def choice(self, count: int) -> NDArray:
+        """Return the numbers of at most ``count`` examples, drawn without looking at them."""
+        size = self.examples.size
+        if size <= count:
+            return np.arange(size)
+        return np.sort(np.random.default_rng(self.settings.seed).choice(size, count, replace=False))
+
     def _one_of_each_source(self, count: int) -> NDArray:
         """Return the numbers of at most ``count`` examples, one per source: those of one are not exchangeable."""
         if self.examples.groups is None:
-            return self._choice(count)
+            return self.choice(count)
         order = np.random.default_rng(self.settings.seed).permutation(self.examples.size)
         _, first = np.unique(np.asarray(self.examples.groups)[order], return_index=True)
         return np.sort(order[np.sort(first)[:count]])
 
     def victims(self, count: int) -> list[int]:
         """Return the numbers of at most ``count`` examples for what looks at single ones."""
-        return self._choice(count).tolist()
+        return self.choice(count).tolist()
 
     def _row(self, measure: Measure, layer: str, numbers: Numbers) -> Row:
         names = list(self.layers)
@@ -162,10 +169,3 @@ class LayerAnalysis:
             "target": measure.target,
             "family": measure.family,
         } | numbers
-
-    def _choice(self, count: int) -> NDArray:
-        """Return the numbers of at most ``count`` examples, drawn without looking at them."""
-        size = self.examples.size
-        if size <= count:
-            return np.arange(size)
-        return np.sort(np.random.default_rng(self.settings.seed).choice(size, count, replace=False))

@@ -40,7 +40,7 @@ class LayersConfig:
     """Columns that hold private attributes of the text."""
     attribute: list[str] = field(default_factory=list)
     """Attributes made from the data itself. Texts: label, number, name, negation, question, long, coin; by default
-    number and label. Images: mark, label, parity, coin; by default mark and label. coin is a control without truth."""
+    number and label. Images: mark, label, parity, coin; by default mark and parity. coin is a control without truth."""
     mark: Literal["tint", "rotate", "stroke"] = "tint"
     """What the attribute mark puts into a random half of the images."""
     group_column: str | None = None
@@ -101,7 +101,9 @@ class LayersConfig:
     """Attacks on the gradient with layers hidden; by default span for texts, gs(iterations=150) for images."""
     attack_examples: int = 2
     """Examples attacked per set of hidden layers."""
-    steps: int = 6
+    protection_gradients: int = 1000
+    """Most gradients that the information left by hidden layers is estimated from."""
+    steps: int = 4
     """Most numbers of hidden layers tried per order of protection."""
     greedy: bool = True
     """Whether to add the greedy order of conditional information (at most 8 layers)."""
@@ -149,4 +151,4 @@ class LayersConfig:
         attacks = usual if self.attacks is None else tuple(self.attacks)
         for spec in attacks:
             parse_attack(spec, task=task)
-        return ProtectionSettings(attacks, self.attack_examples, self.steps, self.greedy)
+        return ProtectionSettings(attacks, self.attack_examples, self.protection_gradients, self.steps, self.greedy)

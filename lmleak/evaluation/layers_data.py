@@ -64,7 +64,7 @@ def _images(config: LayersConfig, adapter: VisionAdapter, data: ImageData) -> La
     for option in ("text_column", "label_column", "attribute_column", "group_column", "max_length"):
         if getattr(config, option):
             raise ConfigError(f"{option} belongs to texts, and {config.model!r} reads images; drop it")
-    wanted = config.attribute or [MARK, "label"]
+    wanted = config.attribute or [MARK, "parity"]
     attributes = {name: lookup("attribute", name, IMAGE_ATTRIBUTES)(data, config.seed) for name in wanted}
     pixels = inject(data.pixels, attributes[MARK], config.mark) if MARK in attributes else data.pixels
     return image_examples(adapter, pixels, data.labels, attributes, name=data.name)

@@ -33,15 +33,18 @@ class ProtectionSettings:
     """Specifications of attacks on the protected gradient."""
     attack_examples: int = 2
     """Private examples attacked per set of hidden layers."""
-    steps: int = 6
+    gradients: int = 1000
+    """Most gradients that the information left is estimated from: joined layers have many features."""
+    steps: int = 4
     """Most numbers k of hidden layers tried per order; of more layers, k = 0, 1, 2, 4, ... and all but one."""
     greedy: bool = True
     """Whether to add the greedy order of conditional information, for at most 8 layers."""
 
     def __post_init__(self):
-        if self.attack_examples < 1 or self.steps < 2:
+        if self.attack_examples < 1 or self.steps < 2 or self.gradients < 2:
             raise ConfigError(
-                f"expected attack_examples >= 1 and steps >= 2, got {self.attack_examples} and {self.steps}"
+                f"expected attack_examples >= 1, steps >= 2 and gradients >= 2, got {self.attack_examples}, "
+                f"{self.steps} and {self.gradients}"
             )
 
 
@@ -65,7 +68,7 @@ def protection_orders(
     layers = tuple(analysis.layers)
     orders = {FORWARD: layers} | {score.name: score.order() for score in scores}
     if settings.greedy and 1 < len(layers) <= GREEDY_LAYERS:
-        rows = analysis.chosen
+        rows = analysis.choice(settings.gradients)
         features = {layer: analysis.features([layer], rows) for layer in layers}
         for attribute, values in analysis.examples.attributes.items():
             steps = protection_order(
@@ -136,7 +139,7 @@ class Protection:
 
     def _information(self, group: str, target: str, layers: Sequence[str]) -> dict[str, Any]:
         analysis, family = self.analysis, self.analysis.families(group)[-1]
-        rows = analysis.chosen
+        rows = analysis.choice(self.settings.gradients)
         found = v_information(
             analysis.features(layers, rows), analysis.target(Measure(group, target=target), rows), family=family,
             groups=analysis.groups_of(rows), folds=analysis.settings.folds, seed=analysis.settings.seed,
