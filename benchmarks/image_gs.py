@@ -1,11 +1,11 @@
 """GS on images: signs of the derivative always (as published), late (the default) or never, over draws of everything.
 
-    python -m benchmarks.image_gs                 # MNIST from $LMLEAK_DATA or ../shared/data, and scikit-learn's digits
+    python -m benchmarks.image_gs                     # MNIST of $LMLEAK_DATA or ../shared/data, scikit-learn's digits
     python -m benchmarks.image_gs --draws 4 --mnist FOLDER
 
-Draw d has LeNet weights U(-0.5, 0.5) of seed d // 4, test image d % 4 and seed (d // 4 + d) % 3 of the attack; pixels
-in [0, 1] without normalisation, clean gradient, labels given, one restart, float32. The aim of 23.4 dB is what the
-public implementation of GS reaches on this network in 1,000 iterations.
+Draw d has LeNet weights U(-0.5, 0.5) of seed d // 4, test image d % 4, and of the attack seed (d // 4 + d % 4) % 3;
+pixels in [0, 1] without normalisation, clean gradient, labels given, one restart, float32. The aim of 23.4 dB is what
+the public implementation of GS reaches on this network in 1,000 iterations.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 def draw(data: ImageData, number: int, iterations: int) -> dict:
     """Return the place of one draw and the PSNR in dB of every variant of GS on it."""
     weights, image = divmod(number, IMAGES)
-    seed = (weights + number) % SEEDS
+    seed = (weights + image) % SEEDS
     adapter = adapt(image_model("lenet", seed=weights), name="lenet")
     batch = adapter.batch(data.pixels[image : image + 1], data.labels[image : image + 1])
     shared = lmleak.capture_gradient(adapter, batch)
