@@ -42,7 +42,7 @@ class GIAS(ImageAttack):
     13.5 for latents with ``latent_prior=1e-3``; pruning 0.9 15.5 (also after 1,000 steps) / 17.0 / 27.0; ``fc.bias``
     and ``body.0.bias`` alone (22 numbers) 9.8 / 12.9 / 15.2; no defense 26.9 (1,000 steps) / 25.9 (2 digits,
     ``latent_prior=1e-5``) / 39.2 (200 and 200 steps). The latents alone do not beat gs where the gradient is clean, or
-    nearly: the decoder's range ends at about 26 dB. Private images unlike the public ones were not measured.
+    nearly. Images unlike the public ones, noise and pruning: ``recipes/results/image_prior.md``.
     """
 
     decoder: str | None = None
