@@ -6,7 +6,7 @@
 (on one line). Per image: loss, class label read from the gradient; at noise of 1 % of the gradient's root mean square,
 lower bounds of I2F and the first-order error of the attacker of maximal posterior probability (MAP), who saturates at
 a guess; and what attacks recover from the clean gradient. All in root mean square per normalised pixel, whose
-deviation is about 1.
+deviation is about 1; also how far from the image its gradient is linear, beyond which first order says nothing.
 
 Trained weights make A = J J^T so ill-conditioned that Krylov solves do not converge. Of the first images A is
 therefore computed as a matrix: I2F, MAP and bayes errors exact to first order, effective rank, and the share of pixels
@@ -18,6 +18,7 @@ No attacker can do so. They say what an attacker with a perfect search, or with 
 A killed run continues where it stopped. One process or several give the same rows.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from image_tables import Entry, in_few_colours, mean, publish, root_mean_square
 from lmleak.attacks.image_labels import class_labels
 from lmleak.config import parse_config
 from lmleak.defenses import Release
+from lmleak.defenses.base import global_norm
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import images_of, scored_image_attack
@@ -44,6 +46,7 @@ from lmleak.evaluation.image_study import (
     study_images,
 )
 from lmleak.files import write_atomically
+from lmleak.gradients import capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, InfluenceSolver
 from lmleak.influence.directions import posterior_variances
 from lmleak.report.drawing import encode
@@ -51,6 +54,7 @@ from lmleak.report.image_grid import image_grid
 from lmleak.types import Batch
 
 CLEAN = ["none"]
+LINEAR = 0.1  # of the change that J^T predicts
 EXACT = {
     "influence_rms": "I2F_rms", "map_rms": "MAP_rms", "bayes_rms": "bayes_rms", "lambda_max": "lambda_max",
     "lambda_min": "lambda_min", "rank": "rank",
@@ -100,20 +104,40 @@ def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, clean: Release,
     found = class_labels(adapter, shared.observation(lengths=False, labels=False), seed=study.seed)
     assigned = found.assignment(shared.observation(lengths=False, labels=False))
     noise_std = config.noise * shared.rms
-    solver = InfluenceSolver(
-        GradientJacobian(adapter, batch, shared=study.shared), adapter.prior(),
-        max_products=config.products, seed=study.seed,
-    )  # fmt: skip
+    jacobian = GradientJacobian(adapter, batch, shared=study.shared)
+    solver = InfluenceSolver(jacobian, adapter.prior(), max_products=config.products, seed=study.seed)
     damping = solver.map_damping(noise_std)
     response = solver.respond(noisy.perturbation, [damping])
     influence, predicted = response.influence(damping), response.predicted_error(noise_std)
     return {
-        "loss": loss,
+        "loss": loss, "linear_range": linear_range(study, jacobian, batch),
         "label_inferred": assigned is not None and sorted(assigned.tolist()) == sorted(batch.targets.tolist()),
         "noise_std": noise_std, "lower_bound_rms": influence.lower_bound.rms, "cg_bound_rms": influence.cg_bound.rms,
         "predicted_rms": predicted.error.rms, "predicted_converged": predicted.converged,
         "residual": influence.residual, "damping": damping, "products": solver.operator.products,
     }  # fmt: skip
+
+
+def linear_range(study: ImageStudy, jacobian: GradientJacobian, batch: Batch) -> float:
+    """Return how far from the image its gradient is linear, along one random direction z ~ N(0, I), by decade.
+
+    The largest e, a root mean square in normalised pixels, up to which
+    ||g(x + e z) - g(x) - e J^T z|| <= ``LINEAR`` e ||J^T z||; 0 if not even the least that rounding resolves. ReLU
+    makes g jump where a unit changes sides.
+    """
+    adapter, x = study.adapter, study.adapter.input(batch)
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(study.seed), dtype=x.dtype).to(x)
+    slope = jacobian.rmatvec(z)
+    here = capture_gradient(adapter, batch, shared=study.shared).gradient
+    reached = 0.0
+    for power in range(math.ceil(math.log10(torch.finfo(x.dtype).eps) / 2), 1):
+        step = 10.0**power
+        moved = capture_gradient(adapter, adapter.batch(x + step * z, batch.targets), shared=study.shared).gradient
+        error = {name: moved[name] - here[name] - step * slope[name] for name in slope}
+        if global_norm(error) > LINEAR * step * global_norm(slope):
+            break
+        reached = step
+    return reached
 
 
 def exact_risk(
@@ -165,7 +189,7 @@ def summary(rows: Sequence[dict]) -> list[Entry]:
             "attack": r["attack"], "gradient": "noisy" if r["attack"] == LOCAL else "clean",
             "image": str(r["indices"][0]), "loss": r["loss"],
             "label_read": str(r["label_inferred"]), "I_lb_rms": r["lower_bound_rms"],
-            "CG_bound_rms": r["cg_bound_rms"], "MAP_rms": r["predicted_rms"],
+            "CG_bound_rms": r["cg_bound_rms"], "linear_range": r["linear_range"], "MAP_rms": r["predicted_rms"],
             "MAP_converged": str(r["predicted_converged"]),
             **{f"exact_{label}": r.get(f"exact_{name}") for name, label in EXACT.items()},
             "effective_rank": r.get("exact_effective_rank"), "determined_share": r.get("determined_share"),

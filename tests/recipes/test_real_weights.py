@@ -14,9 +14,36 @@ import torch
 from lmleak.config import parse_config
 from lmleak.evaluation import process_state
 from lmleak.evaluation.image_study import image_study, study_images
+from lmleak.influence import dense_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "real_weights.py"
+
+
+def test_the_gradient_of_a_smooth_network_is_linear_farther_than_that_of_relu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    recipe = importlib.import_module("real_weights")
+    settings = ["--data", "digits", "--samples", "1", "--precision", "float64", "--device", "cpu"]
+    config = parse_config(recipe.WeightsConfig, settings)
+
+    def reached(model):
+        study = image_study(config, model, study_images(config), process_state())
+        batch = study.batch(0)
+        return recipe.linear_range(study, recipe.GradientJacobian(study.adapter, batch), batch), study, batch
+
+    smooth, study, batch = reached("lenet")
+    assert smooth >= 1e-3
+    assert reached("mlp-1024x2")[0] < smooth
+    x, step = study.adapter.input(batch), 10 * smooth  # ten times as far, it is not
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(config.seed), dtype=x.dtype)
+    jacobian = dense_rows(recipe.GradientJacobian(study.adapter, batch))
+
+    def gradient(at):
+        found = recipe.capture_gradient(study.adapter, study.adapter.batch(at, batch.targets)).gradient
+        return torch.cat([value.reshape(-1) for value in found.values()])
+
+    predicted = step * jacobian.T @ z.reshape(-1)
+    assert (gradient(x + step * z) - gradient(x) - predicted).norm() > recipe.LINEAR * predicted.norm()
 
 
 @pytest.mark.parametrize("name", ["resnet20", "gpu"])
