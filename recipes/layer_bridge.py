@@ -40,7 +40,7 @@ from layer_cases import (
 )
 from layer_models import MODELS, adapter_of
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from lmleak.attacks.image_newton import GaussNewton
 from lmleak.config import parse_config
@@ -191,7 +191,7 @@ def attack_error(rows: Sequence[Row], name: str) -> float:
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Return Spearman's correlation; NaN where a column is constant."""
-    return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(spearmanr(x, y).statistic)
+    return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def layer_entries(rows: Sequence[Row]) -> list[Row]:

@@ -214,3 +214,12 @@ def test_capacity_of_a_tiny_network(recipe, tmp_path):
         "40",
         "80",
     ]
+
+
+def test_rank_correlation_is_spearmans(recipe):
+    from scipy.stats import spearmanr
+
+    correlation = recipe("layer_bridge").rank_correlation
+    x, y = [3.0, 1.0, 2.0, 2.0, 9.0], [0.5, 0.1, 0.7, 0.2, 0.7]
+    assert correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert np.isnan(correlation([1.0, 1.0], [1.0, 2.0]))
