@@ -122,6 +122,7 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
 
     solver = InfluenceSolver(jacobian, adapter.prior(), tol=BOUND_TOLERANCE / 2)
     response_seconds, response = timed(lambda: noise_response(solver, noise_std))
+    cost("response", response_seconds)
     if {"bound", "certified", "damped", "sweep", "expected"} & set(pieces):
         bracket_seconds, bracket = timed(lambda: solver.lambda_max)
         bound = response.norm().item() / bracket.upper
