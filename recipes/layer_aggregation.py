@@ -86,10 +86,11 @@ def aggregation_cases(config: AggregationConfig) -> list[Case]:
     return found
 
 
-def release_name(row: Row) -> str:
+def release_name(case: Case) -> str:
     """Return what a release is called in tables."""
-    steps = f", {row['local_steps']} local steps" if row["local_steps"] > 1 else ""
-    return f"{row['batch_size']} example{'s' if row['batch_size'] > 1 else ''}{steps}"
+    epochs, steps = case.aggregation.epochs, case.aggregation.steps_per_epoch
+    local = f", {epochs} x {steps} local steps" if epochs > 1 else f", {steps} local steps" if steps > 1 else ""
+    return f"{case.batch_size} example{'s' if case.batch_size > 1 else ''}{local}"
 
 
 def transferred_information(
@@ -146,11 +147,12 @@ def naive_rows(cases: Sequence[Prepared], number: int, measure: Measure) -> list
     }]  # fmt: skip
 
 
-def entries_of(rows: Sequence[Row]) -> list[Row]:
-    """Return one line per release and layer: both attackers and the sensitivity."""
+def entries_of(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
+    """Return one line per release and layer: both attackers and the sensitivity; rows' keys begin with the case."""
     found = {}
     for row in rows:
-        key = (row["source"], row["model"], row["epochs"], release_name(row), row["layer"])
+        release = release_name(cases[int(row["key"].partition("|")[0])])
+        key = (row["source"], row["model"], row["epochs"], release, row["layer"])
         entry = found.setdefault(key, dict(zip(("source", "model", "epochs", "release", "layer"), key, strict=True)))
         if row["group"] == "sensitivity":
             entry |= {"sensitivity": row["frobenius"], "sensitivity low": row["frobenius_low"],
@@ -191,7 +193,7 @@ def figure(entries: Sequence[Row]) -> Figure:
                                 color=colour, label=layer)  # fmt: skip
         for axes, target in zip(panels, targets, strict=False):
             axes.set_title(target)
-            axes.set_ylim(-0.5, 1.03)
+            axes.set_ylim(-0.55, 0.8)
             axes.set_ylabel("R² of the input" if target == "pixels" else "share of the entropy told")
         panels[-1].set_title("sensitivity to the victim")
         panels[-1].set_ylabel("||J||, gradient per normalised pixel")
@@ -222,7 +224,7 @@ def main(argv: list[str]) -> None:
     folder = study_folder(config, cases)
     rows = run_items(adaptive + naive, work, folder, state, label="measuring releases")
     if state.is_main_process:
-        publish(folder.path, "layer_aggregation", entries_of(rows), figure)
+        publish(folder.path, "layer_aggregation", entries_of(rows, [c.case for c in cases]), figure)
     finish(state)
 
 

@@ -181,7 +181,7 @@ def test_aggregation_of_a_tiny_network(recipe, tmp_path):
         "--epochs", "0",
     )  # fmt: skip
     assert {line["release"] for line in table} == {
-        "1 example", "8 examples", "8 examples, 2 local steps", "8 examples, 4 local steps"
+        "1 example", "8 examples", "8 examples, 2 local steps", "8 examples, 2 x 2 local steps"
     }  # fmt: skip
     sensitivity = {line["release"]: float(line["sensitivity"]) for line in table if line["layer"] == "fc3"}
     assert sensitivity["8 examples"] == pytest.approx(sensitivity["1 example"] / 8, rel=0.3)
