@@ -40,7 +40,7 @@ class LayersConfig:
     """Columns that hold private attributes of the text."""
     attribute: list[str] = field(default_factory=list)
     """Attributes made from the data itself. Texts: label, number, name, negation, question, long, coin; by default
-    number and label. Images: mark, label, parity, coin; by default mark and parity. coin is a control without truth."""
+    number and label. Images: mark, label, parity, coin; by default mark and parity. coin is a control."""
     mark: Literal["tint", "rotate", "stroke"] = "tint"
     """What the attribute mark puts into a random half of the images."""
     group_column: str | None = None

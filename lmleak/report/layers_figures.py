@@ -56,7 +56,7 @@ def layer_bars(scores: Sequence[LayerScores], rows: Sequence[Row]) -> Figure | N
         for axes in grid[:, 0]:
             axes.set_yticks(range(len(layers)), layers)
         grid[0, 0].invert_yaxis()
-    return figure
+        return _settled(figure)
 
 
 def _bars(axes: Axes, score: LayerScores, rows: Sequence[Row], layers: Sequence[str]) -> None:
@@ -126,7 +126,7 @@ def agreement_matrix(scores: Sequence[LayerScores], agreement: Sequence[Mapping[
         axes.set_yticks(range(len(names)), names, fontsize=9)
         bar = figure.colorbar(image, shrink=0.7)
         bar.set_label("Spearman's rank correlation over layers (−1 to 1)")
-    return figure
+        return _settled(figure)
 
 
 def residual_curves(curves: Curves) -> Figure | None:
@@ -166,6 +166,13 @@ def residual_curves(curves: Curves) -> Figure | None:
         figure.legend(
             found.values(), found.keys(), loc="outside lower left", ncols=4, title="order of hiding", fontsize=9
         )  # fmt: skip
+        return _settled(figure)
+
+
+def _settled(figure: Figure) -> Figure:
+    """Return the figure with its layout computed once, which would otherwise be done again for every file."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     return figure
 
 
