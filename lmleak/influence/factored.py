@@ -30,6 +30,7 @@ from lmleak.influence.factors import (
     TotalFactor,
 )
 from lmleak.influence.products import Loss, Products
+from lmleak.influence.zeros import SharedZeros
 
 
 @dataclass
@@ -69,7 +70,6 @@ class FactoredProducts(Products):
         known = [n for n, found in makers.items() if len(found) == uses[n]]
         outputs = {id(call.y): call.y for n in known for call, _ in makers[n]}
         self.by_autodiff = tuple(n for n in self.theta if n not in known and uses.get(n, 0))
-        """Parameters whose products go by double backward."""
         leaves = [*outputs.values(), *(self.theta[n] for n in self.by_autodiff), self.x]
         *gradients, self.input_gradient = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
         if self.input_gradient is None:
@@ -86,15 +86,21 @@ class FactoredProducts(Products):
         self._linearise()
 
     def _linearise(self) -> None:
-        """Build the graph of DF^T c as a function of c."""
+        """Build the graph of DF^T c as a function of c, at c = 0.
+
+        It is linear in c, and only its derivative in c is ever taken: its values are not needed.
+        """
         found = {id(t): t for factor in self.factors.values() for t in factor.tensors if t.requires_grad}
         self.nodes = found  # tensors of the graph that move with x
-        self.probes = {key: torch.zeros_like(t).requires_grad_() for key, t in found.items()}
+        shared = SharedZeros(self.x.detach(), max((t.numel() for t in found.values()), default=1))
+        self.probes = {key: shared.zeros(t.shape).requires_grad_() for key, t in found.items()}
         self.transpose = None
         if found:
-            (self.transpose,) = torch.autograd.grad(
-                list(found.values()), self.x, list(self.probes.values()), create_graph=True, allow_unused=True
-            )
+            with shared:
+                (self.transpose,) = torch.autograd.grad(
+                    list(found.values()), self.x, list(self.probes.values()), create_graph=True, allow_unused=True
+                )
+            shared.check()
 
     # DF and its transpose --------------------------------------------------------------------------------
 
@@ -134,10 +140,10 @@ class FactoredProducts(Products):
     def matvec(self, delta):
         """Return J delta: every layer's delta pulled back onto its factors, and one backward pass."""
         cotangents: dict[int, Tensor] = {}
-        for name, direction in delta.items():
+        for name in delta:
             if name in self.factors:
-                self._add(cotangents, self.factors[name], self.factors[name].cotangent(direction))
-        return self._pull_back(cotangents, {n: d for n, d in delta.items() if n in self.gradient})
+                self._add(cotangents, self.factors[name], self.factors[name].cotangent(delta[name]))
+        return self._pull_back(cotangents, {n: delta[n] for n in delta if n in self.gradient})
 
     def rmatvec(self, v, names):
         """Return J^T v: one pass for the tangents of all factors, and a product per layer."""
@@ -154,13 +160,17 @@ class FactoredProducts(Products):
 
     def gram(self, v, names):
         """Return A v over the named parameters."""
-        tangents = self._tangents(v)
+        cotangents = self._pushed(self._tangents(v), names)  # the tangents are freed before the second pass
+        return self._pull_back(cotangents, self._direct(v, [n for n in names if n in self.gradient]))
+
+    def _pushed(self, tangents: dict[int, Tensor], names: tuple[str, ...]) -> dict[int, Tensor]:
+        """Return M DF v."""
         cotangents: dict[int, Tensor] = {}
         for name in names:
             if name in self.factors:
                 factor = self.factors[name]
                 self._add(cotangents, factor, factor.gram(self._primes(factor, tangents)))
-        return self._pull_back(cotangents, self._direct(v, [n for n in names if n in self.gradient]))
+        return cotangents
 
     def _direct(self, v: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Return J^T v for parameters without factors."""
@@ -260,6 +270,8 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
             return torch.func.functional_call(module, parameters, (call.x,))
 
     at_zero = run(zeros)
+    if not at_zero.any():  # the usual y = u w + b, not u (1 + w) + b: nothing to differentiate
+        at_zero = at_zero.detach()
     u = run(ones) - at_zero
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
     written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmleak.adapters.base import ModelAdapter
 from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.influence.factored import FactoredProducts
+from lmleak.influence.perturbation import Perturbation
 from lmleak.influence.products import AutodiffProducts, DenseProducts, Products
 from lmleak.linops import FunctionOperator
 from lmleak.lookup import lookup
@@ -70,7 +71,9 @@ class InputJacobian(ABC):
         """Return J delta, shaped like x, zero on padding.
 
         Args:
-            delta: One tensor per parameter name, shaped like the parameter; missing names count as zero.
+            delta: One tensor per parameter name, shaped like the parameter; missing names count as zero. Each is asked
+                for when its layer's turn comes and dropped after it, so a mapping that makes them (``UnitNoise``) is
+                never held as a whole.
 
         Returns:
             The product.
@@ -78,13 +81,10 @@ class InputJacobian(ABC):
         Raises:
             DataError: On names outside theta or wrong shapes.
         """
-        for name, tensor in delta.items():
+        for name in delta:
             if name not in self.parameter_shapes:
                 raise DataError(f"delta names {name!r}, which is not among the shared parameters")
-            if tensor.shape != self.parameter_shapes[name]:
-                expected = tuple(self.parameter_shapes[name])
-                raise DataError(f"delta of {name!r} has shape {tuple(tensor.shape)}, expected {expected}")
-        return self._matvec({n: d.to(self.x) for n, d in delta.items()}) * self.free
+        return self._matvec(Perturbation(delta, self.parameter_shapes, self.x)) * self.free
 
     def rmatvec(self, v: Tensor) -> dict[str, Tensor]:
         """Return J^T v, one tensor per parameter name; v is shaped like x, its padding is ignored."""
@@ -153,6 +153,16 @@ class GradientJacobian(InputJacobian):
         self._loss = lambda theta, x: adapter.shared_loss(batch, x, theta, selection)
         self._model = adapter.model
         self._products: Products = products_class(self._loss, self.theta, self.x, adapter.model)
+
+    def __repr__(self) -> str:
+        named = self.by_autodiff if self.implementation == "factored" else ()
+        rest = f", by double backward: {', '.join(named)}" if named else ""
+        return f"GradientJacobian({self.shape[0]} x {self.shape[1]}, {self.implementation}{rest})"
+
+    @property
+    def by_autodiff(self) -> tuple[str, ...]:
+        """Parameters whose products go by double backward: with "factored", those of layers of unknown kinds."""
+        return tuple(n for n in self.parameter_names if n in self._products.by_autodiff)
 
     def _matvec(self, delta):
         return self._products.matvec(delta)

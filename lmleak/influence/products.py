@@ -23,6 +23,9 @@ class Products(ABC):
         model: The module that the loss runs.
     """
 
+    by_autodiff: tuple[str, ...] = ()
+    """Parameters whose products go by double backward, parameter-sized tensors and all."""
+
     @abstractmethod
     def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module): ...
 
@@ -49,6 +52,7 @@ class AutodiffProducts(Products):
     def __init__(self, loss, theta, x, model):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
+        self.by_autodiff = tuple(theta)
         leaves = [*self.theta.values(), self.x]
         values = torch.autograd.grad(loss(self.theta, self.x), leaves, create_graph=True, allow_unused=True)
         *gradients, self.input_gradient = values

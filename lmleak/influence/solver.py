@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.base import Prior
-from lmleak.defenses.noise import unit_noise
 from lmleak.errors import ConfigError
 from lmleak.influence.jacobian import InputJacobian
+from lmleak.influence.perturbation import UnitNoise
 from lmleak.linops import EigenvalueResult, Krylov, krylov_solve, multishift_krylov, top_eigenvalue
 from lmleak.types import Magnitude
 
@@ -167,10 +167,9 @@ class InfluenceSolver:
         """
         return PerturbationResponse(self, perturbation, dampings or [self.default_damping])
 
-    def noise(self) -> dict[str, Tensor]:
-        """Return unit Gaussian noise, as ``GaussianNoise(seed=seed)`` draws it."""
-        shapes = self.jacobian.parameter_shapes.items()
-        return {name: unit_noise(name, shape, self.jacobian.dtype, self.seed) for name, shape in shapes}
+    def noise(self) -> UnitNoise:
+        """Return unit Gaussian noise, as ``GaussianNoise(seed=seed)`` draws it, parameter by parameter when asked."""
+        return UnitNoise(self.jacobian.parameter_shapes, self.jacobian.dtype, self.seed)
 
     def solve(self, perturbation: Mapping[str, Tensor], *, damping: float | None = None) -> InfluenceResult:
         """Return the I2F of one perturbation at one damping, by default ``default_damping``."""

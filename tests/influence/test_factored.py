@@ -1,5 +1,7 @@
 """Products through token-sized factors: every kind of layer, what goes by double backward, what is allocated."""
 
+import weakref
+
 import pytest
 import torch
 import transformers as tf
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lmleak.adapters import LeNet, adapt
 from lmleak.gradients import capture_gradient
 from lmleak.influence import CosineJacobian, GradientJacobian
+from lmleak.influence.factors import LinearFactor
 from tests.families import FAMILIES, make
 
 
@@ -89,6 +92,11 @@ def test_what_has_no_factors_goes_by_double_backward_and_is_named():
         "slope.weight", "scale", "elsewhere.weight",
     }  # fmt: skip
     assert set(products.factors) == {"stem.weight", "twice.weight", "twice.bias", "fc.weight", "fc.bias"}
+    jacobian = GradientJacobian(adapter, batch)
+    assert set(jacobian.by_autodiff) == set(products.by_autodiff)
+    assert "by double backward: scale, norm.weight" in repr(jacobian)
+    assert jacobian.restrict(["fc.weight", "scale"]).by_autodiff == ("scale",)
+    assert "backward" not in repr(jacobian.restrict(["fc.weight"]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -121,19 +129,52 @@ class LargestNewTensor(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("implementation", ["factored", "autodiff"])
-def test_no_tensor_of_a_weights_size_is_allocated(implementation):
-    """Width 64, inner width 256, vocabulary 1,000, six tokens; the reference shows that the watch sees."""
+def wide_gpt2(length=6):
+    """Width 64, inner width 256, vocabulary 1,000, a tied head; few tokens."""
     config = tf.GPT2Config(vocab_size=1000, n_embd=64, n_layer=2, n_head=2, n_positions=32, pad_token_id=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = adapt(tf.GPT2LMHeadModel(config))
-    batch = adapter.batch([[5, 6, 7, 8, 9, 10]])
-    smallest = 3 * 64 * 64  # the fused map of Q, K and V, the square ones aside
+    return adapter, adapter.batch([list(range(5, 5 + length))])
+
+
+FUSED_MAP = 3 * 64 * 64  # numbers in the map of Q, K and V: fewer have only the square ones
+
+
+@pytest.mark.parametrize("way", ["by tokens", "by weights", "autodiff"])
+def test_no_tensor_of_a_weights_size_is_allocated(way, monkeypatch):
+    """Products of the weights' size and the reference show that the watch sees."""
+    adapter, batch = wide_gpt2()
+    if way == "by weights":
+        monkeypatch.setattr(LinearFactor, "by_tokens", False)
     with LargestNewTensor() as watch:
-        jacobian = GradientJacobian(adapter, batch, implementation=implementation)
-        jacobian.gram(randn(*jacobian.x.shape, dtype=torch.float32))
-    assert (watch.numbers < smallest) == (implementation == "factored"), watch.numbers
+        jacobian = GradientJacobian(adapter, batch, implementation="autodiff" if way == "autodiff" else "factored")
+        for seed in range(2):
+            jacobian.gram(randn(*jacobian.x.shape, seed=seed, dtype=torch.float32))
+    assert (watch.numbers < FUSED_MAP) == (way == "by tokens"), watch.numbers
+
+
+def test_tokens_or_weights_whatever_is_cheaper():
+    assert LinearFactor(randn(6, 64), randn(6, 256)).by_tokens
+    assert not LinearFactor(randn(600, 64), randn(600, 256)).by_tokens
+
+
+def test_all_probes_share_their_memory():
+    adapter, batch = wide_gpt2(length=20)
+    products = GradientJacobian(adapter, batch)._products
+    memories = {probe.untyped_storage().data_ptr() for probe in products.probes.values()}
+    assert len(memories) == 1 < len(products.probes)
+    assert not any(probe.any() for probe in products.probes.values())
+
+
+def test_graphs_are_freed_with_the_operator():
+    adapter, batch = wide_gpt2()
+    jacobian = GradientJacobian(adapter, batch)
+    jacobian.gram(randn(*jacobian.x.shape, dtype=torch.float32))
+    watched = [weakref.ref(t) for t in (*jacobian._products.nodes.values(), jacobian._products.transpose)]
+    assert all(reference() is not None for reference in watched)
+    del jacobian  # no cycle is left for the collector
+    assert not any(reference() is not None for reference in watched)
 
 
 def test_cosine_products_agree_with_their_definition():

@@ -1,0 +1,155 @@
+"""Time and memory of the operator: its set-up and one product A v, beside one gradient of the same model.
+
+    python -m benchmarks.product                          # BERT-base and GPT-2 small shapes, 32 and 128 tokens
+    python -m benchmarks.product --implementation autodiff
+
+One gradient evaluation is the loss and its backward pass over the shared parameters, which leaves one gradient tensor
+per parameter. Times: gradient and product alternate in one process, the least of ``--repeats`` each. Memory: a process
+each for the gradient and the operator (set-up and three products); peak resident memory counted from where loading the
+model left it, once as it is ("working") and once with the model itself ("total").
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import run_cases
+from benchmarks.influence import SHAPES, clock
+
+COLUMNS = {
+    "shape": "shape", "tokens": "tokens", "gradient s": "gradient_seconds", "set-up": "setup_gradients",
+    "product": "product_gradients", "J delta": "matvec_gradients", "working MiB": "working_mib",
+    "of a gradient": "gradient_working_mib", "ratio": "working_ratio", "total ratio": "total_ratio",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure every case in processes of its own and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shape files")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128], help="tokens per text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--implementation", default="factored")
+    parser.add_argument("--output", default="runs/benchmarks/product.jsonl")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        case = json.loads(options.case)
+        print(json.dumps(MEASURES[case.pop("measure")](**case)))
+        return
+    common = {"threads": options.threads, "repeats": options.repeats, "implementation": options.implementation}
+    cases = [
+        {"measure": measure, "shape": shape, "tokens": tokens, **common}
+        for shape in options.shapes
+        for tokens in options.tokens
+        for measure in MEASURES
+    ]
+    results = run_cases("benchmarks.product", cases, options.output)
+    rows = [merged(results[i : i + len(MEASURES)]) for i in range(0, len(results), len(MEASURES))]
+    grid = Table(title=f"Set-up and product ({options.implementation}) in gradients of the same model")
+    for title in COLUMNS:
+        grid.add_column(title, justify="right")
+    for row in rows:
+        grid.add_row(*(f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in COLUMNS.values()))
+    Console(width=140).print(grid)
+
+
+def merged(results: list[dict]) -> dict:
+    """Return the figures of one shape and length as one row with the memory ratios."""
+    row = {key: value for result in results for key, value in result.items()}
+    row["working_ratio"] = row["working_mib"] / row["gradient_working_mib"]
+    row["total_ratio"] = (row["working_mib"] + row["model_mib"]) / (row["gradient_working_mib"] + row["model_mib"])
+    return row
+
+
+def prepared(shape: str, tokens: int, threads: int):
+    """Return the adapter and a batch of one text, as the benchmarks of influence take it."""
+    from lmleak import load_adapter
+
+    torch.set_num_threads(threads)
+    adapter = load_adapter(shape)
+    ids = torch.randint(10, 1000, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    return adapter, adapter.batch([ids], [0] if adapter.task == "sequence-classification" else None)
+
+
+def gradient_of(adapter, batch) -> tuple:
+    """Return the gradient by the shared parameters, by one plain backward pass."""
+    selection = adapter.select("no-word-embeddings")
+    parameters = adapter.parameters()
+    theta = {n: parameters[n].detach().requires_grad_() for n in selection.names}
+    loss = adapter.shared_loss(batch, adapter.input(batch), theta, selection)
+    return torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+
+
+def measure_time(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
+    """Return seconds of one gradient, and set-up and products in gradients."""
+    from lmleak import GradientJacobian
+    from lmleak.influence import InfluenceSolver
+
+    adapter, batch = prepared(shape, tokens, threads)
+    gradient_of(adapter, batch)
+    setup, jacobian = clock(lambda: GradientJacobian(adapter, batch, implementation=implementation), "cpu")
+    v = torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(1))
+    jacobian.gram(v)  # the first product makes what the others reuse
+    gradient, product = [], []
+    for _ in range(repeats):
+        gradient.append(clock(lambda: gradient_of(adapter, batch), "cpu")[0])
+        product.append(clock(lambda: jacobian.gram(v), "cpu")[0])
+    setups = [setup]
+    for _ in range(2):
+        del jacobian
+        seconds, jacobian = clock(lambda: GradientJacobian(adapter, batch, implementation=implementation), "cpu")
+        setups.append(seconds)
+    noise = InfluenceSolver(jacobian, adapter.prior()).noise()
+    matvec = min(clock(lambda: jacobian.matvec(noise), "cpu")[0] for _ in range(2))
+    least = min(gradient)
+    return {
+        "shape": Path(shape).stem, "tokens": tokens, "threads": threads, "implementation": implementation,
+        "gradient_seconds": least, "setup_gradients": min(setups) / least, "product_gradients": min(product) / least,
+        "matvec_gradients": matvec / least, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def measure_gradient_memory(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
+    """Return what one gradient evaluation needs beyond the model, and the model's size, in MiB."""
+    adapter, batch = prepared(shape, tokens, threads)
+    before = restart_peak()
+    gradient_of(adapter, batch)
+    model = sum(p.numel() * p.element_size() for p in adapter.model.parameters()) / 2**20
+    return {"gradient_working_mib": resident("VmHWM") - before, "model_mib": model}
+
+
+def measure_operator_memory(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
+    """Return what the operator needs beyond the model, in MiB."""
+    from lmleak import GradientJacobian
+
+    adapter, batch = prepared(shape, tokens, threads)
+    before = restart_peak()
+    jacobian = GradientJacobian(adapter, batch, implementation=implementation)
+    setup = resident("VmHWM") - before
+    for seed in range(3):
+        jacobian.gram(torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(seed)))
+    return {"setup_mib": setup, "held_mib": resident("VmRSS") - before, "working_mib": resident("VmHWM") - before}
+
+
+def resident(which: str) -> float:
+    """Return this process's resident memory ("VmRSS") or its peak ("VmHWM") in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(which)).split()[1]) / 1024
+
+
+def restart_peak() -> float:
+    """Set the peak back to what is resident now, and return that."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+MEASURES = {"time": measure_time, "gradient memory": measure_gradient_memory, "memory": measure_operator_memory}
+
+if __name__ == "__main__":
+    main()
