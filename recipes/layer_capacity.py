@@ -194,7 +194,9 @@ def figure(entries: Sequence[Row]) -> Figure:
                     axes.errorbar([ticks.index(e[key]) for e in line], y[:, 0], spread, fmt="o-", ms=4, lw=1,
                                   capsize=2, color=colour, label=layer)  # fmt: skip
                 axes.set_xticks(range(len(ticks)), ticks, rotation=30 if what == "family" else 0)
-                axes.set_xlabel("predictive family" if what == "family" else "gradients the family was fitted on")
+                axes.set_xlabel(
+                    "predictive family" if what == "family" else "gradients in the estimate (two thirds fit)"
+                )
                 axes.set_ylabel("R² of the input" if target == "pixels" else "share of the entropy told")
                 grid(axes)
             panels[0, place].set_title(target)
