@@ -25,7 +25,7 @@ from lmleak.evaluation.layers_data import load_labelled
 from lmleak.evaluation.layers_examples import LabelledExamples
 from lmleak.evaluation.layers_order import layer_scores, rank_agreement
 from lmleak.evaluation.layers_protection import Protection, hidden_sets, protection_orders
-from lmleak.evaluation.run import _on_main, _progress, process_state, run_items
+from lmleak.evaluation.run import on_main, process_state, progress, run_items
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import GradientStore
 
@@ -102,10 +102,10 @@ def _captured(
 
     def capture() -> None:
         folder.open()
-        with _progress(state, examples.size, "capturing gradients") as advance:
+        with progress(state, examples.size, "capturing gradients") as advance:
             capture_store(adapter, examples, path, settings, advance=lambda n: [advance() for _ in range(n)])
 
-    _on_main(state, capture)
+    on_main(state, capture)
     return GradientStore(path)
 
 

@@ -135,9 +135,9 @@ def run_items(
     """
     # What remains is read by one process for all: another, later, would find what the first has finished since, take
     # it off the list, and split another list.
-    remaining = _on_main(state, lambda: _remaining(folder, len(items)))
+    remaining = on_main(state, lambda: _remaining(folder, len(items)))
     failure: Exception | None = None
-    with state.split_between_processes(remaining) as mine, _progress(state, len(mine), label) as advance:
+    with state.split_between_processes(remaining) as mine, progress(state, len(mine), label) as advance:
         for i in mine:
             try:
                 folder.append(state.process_index, i, work(i, items[i]))
@@ -149,7 +149,7 @@ def run_items(
     failures = [f for f in gather([failure], state) if f is not None]
     if failures:
         raise failures[0]
-    rows = _on_main(state, lambda: folder.merge(range(len(items))))
+    rows = on_main(state, lambda: folder.merge(range(len(items))))
     return rows
 
 
@@ -159,8 +159,16 @@ def _remaining(folder: ResultFolder, count: int) -> list[int]:
     return [i for i in range(count) if i not in done]
 
 
-def _on_main(state: PartialState, action: Callable[[], T]) -> T:
-    """Run an action on the main process and return its result, or raise its refusal, on all."""
+def on_main(state: PartialState, action: Callable[[], T]) -> T:
+    """Run an action on the main process; every process must call it, and all raise its refusal.
+
+    Args:
+        state: This process's place.
+        action: What to do.
+
+    Returns:
+        The action's result, on all processes.
+    """
     outcome: list = []
     if state.is_main_process:
         try:
@@ -173,8 +181,14 @@ def _on_main(state: PartialState, action: Callable[[], T]) -> T:
     return value
 
 
-class _progress:
-    """A progress bar on the main process, over its own share; silent elsewhere."""
+class progress:
+    """A progress bar on the main process, over its own share; silent elsewhere.
+
+    Args:
+        state: This process's place.
+        total: Units of work of this process.
+        label: What is being done.
+    """
 
     def __init__(self, state: PartialState, total: int, label: str):
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -74,10 +74,6 @@ class LatentTarget:
         """Return the calibration fitted on some samples."""
         return calibrate_probabilities(raw, self.values[rows], constant)
 
-    def uncalibrated(self, raw: NDArray) -> NDArray:
-        """Return log-probabilities as a member gives them."""
-        return np.log(np.clip(raw, 1e-12, None))
-
 
 class OriginalTarget:
     """The input itself, predicted as values and judged by the squared error per coordinate.
@@ -116,10 +112,6 @@ class OriginalTarget:
     def calibrated(self, raw: NDArray, rows: NDArray, constant: NDArray) -> Callable[[NDArray], NDArray]:
         """Return the calibration fitted on some samples."""
         return calibrate_values(raw, self.values[rows], constant)
-
-    def uncalibrated(self, raw: NDArray) -> NDArray:
-        """Return values as a member gives them."""
-        return raw
 
 
 Target = LatentTarget | OriginalTarget
@@ -221,13 +213,12 @@ class Folds:
             found.append([Candidate("constant", float(loss), partial(predict, len(test)))])
         return found
 
-    def candidates(self, features: NDArray, family: str, *, calibrate: bool = True) -> Candidates:
+    def candidates(self, features: NDArray, family: str) -> Candidates:
         """Fit every member of a family on some features, in every fold.
 
         Args:
             features: (n, p).
             family: One of ``FAMILIES``.
-            calibrate: Whether predictions are calibrated on the validation part.
 
         Returns:
             The predictors, without the constant one.
@@ -241,30 +232,25 @@ class Folds:
                 f"family {DECODER!r} draws images, and these targets have no image shape; pass images as "
                 "(n, C, H, W), or write family='deep-mlp'"
             )
-        return self.fitted(features, dict(list(self.target.members.items())[:size]), calibrate=calibrate)
+        return self.fitted(features, dict(list(self.target.members.items())[:size]))
 
-    def fitted(
-        self, features: NDArray, members: Mapping[str, tuple[Member, ...]], *, calibrate: bool = True
-    ) -> Candidates:
+    def fitted(self, features: NDArray, members: Mapping[str, tuple[Member, ...]]) -> Candidates:
         """Fit given members on some features, in every fold; see :meth:`candidates`."""
         return [
-            [self._fit(name, fit, features, fold, calibrate) for name, fits in members.items() for fit in fits]
+            [self._fit(name, fit, features, fold) for name, fits in members.items() for fit in fits]
             for fold in range(len(self.parts))
         ]
 
-    def _fit(self, name: str, fit: Member, features: NDArray, fold: int, calibrate: bool) -> Candidate:
+    def _fit(self, name: str, fit: Member, features: NDArray, fold: int) -> Candidate:
         target, (train, held, test), constant = self.target, self.parts[fold], self.constants[fold]
         raw = fit(features[train], target.values[train], self.seed)(features[held])
-        if calibrate:
-            order = np.random.default_rng(self.seed).permutation(len(held))
-            halves = (order[::2], order[1::2])
-            losses = [
-                target.loss(target.calibrated(raw[one], held[one], constant)(raw[other]), held[other])
-                for one, other in (halves, halves[::-1])
-            ]
-            loss, calibration = np.concatenate(losses).mean(), target.calibrated(raw, held, constant)
-        else:
-            loss, calibration = target.loss(target.uncalibrated(raw), held).mean(), target.uncalibrated
+        order = np.random.default_rng(self.seed).permutation(len(held))
+        halves = (order[::2], order[1::2])
+        losses = [
+            target.loss(target.calibrated(raw[one], held[one], constant)(raw[other]), held[other])
+            for one, other in (halves, halves[::-1])
+        ]
+        loss, calibration = np.concatenate(losses).mean(), target.calibrated(raw, held, constant)
 
         def predict() -> NDArray:
             rest = np.concatenate([train, held])
