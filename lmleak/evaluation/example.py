@@ -232,6 +232,7 @@ def _risk(response: PerturbationResponse, release: Release, damping: float, *, s
         "lambda_max": result.lambda_max,
         "lambda_max_residual": result.lambda_max_residual,
         "products": result.products,
+        "by_autodiff": list(result.by_autodiff),
         "predicted_rms": predicted.error.rms if predicted and predicted.converged else None,
         "null_share_damping": share_damping,
         "null_share": solver.undetermined_share(share_damping),

@@ -36,6 +36,8 @@ class InputJacobian(ABC):
 
     perturbation_scale: float = 1.0
     """The attacker sees delta times this; 1 except for attackers who normalise the gradient."""
+    by_autodiff: tuple[str, ...] = ()
+    """Parameters whose products go by double backward: as exact as the others, but slower and larger in memory."""
 
     def __init__(self, x: Tensor, free: Tensor, parameter_shapes: Mapping[str, torch.Size]):
         self.x, self.free, self.parameter_shapes = x, free, dict(parameter_shapes)
@@ -213,7 +215,7 @@ class CosineJacobian(InputJacobian):
 
     def __init__(self, jacobian: InputJacobian, gradient: Mapping[str, Tensor]):
         super().__init__(jacobian.x, jacobian.free, jacobian.parameter_shapes)
-        self.jacobian = jacobian
+        self.jacobian, self.by_autodiff = jacobian, jacobian.by_autodiff
         gradient = {n: gradient[n].to(jacobian.x) for n in jacobian.parameter_names}
         self.norm = sum(g.double().square().sum() for g in gradient.values()).sqrt().item()
         if self.norm == 0:

@@ -38,7 +38,7 @@ class MaskedJacobian(InputJacobian):
                 expected = jacobian.parameter_shapes.get(name)
                 raise DataError(f"the mask of {name!r} has shape {tuple(mask.shape)}, J's parameter {expected}")
         self.jacobian = jacobian
-        self.perturbation_scale = jacobian.perturbation_scale
+        self.perturbation_scale, self.by_autodiff = jacobian.perturbation_scale, jacobian.by_autodiff
         self.kept = {name: mask.to(jacobian.device) for name, mask in kept.items()}
         self.num_kept = sum(int(mask.sum()) for mask in kept.values())
 

@@ -68,6 +68,8 @@ class InfluenceResult:
     """Products with A that the whole call spent; shared by all results of a sweep."""
     dx: int
     """Number of free coordinates of x."""
+    by_autodiff: tuple[str, ...]
+    """Parameters of layers of unknown kinds: their products went by double backward, as exact but slower."""
     error: Tensor = field(repr=False)
     """The predicted error of the attacker, (A + damping I)^-1 J delta, shaped like x, zero on padding."""
 
@@ -251,6 +253,7 @@ class PerturbationResponse:
             converged=solved.converged,
             products=self.products,
             dx=dx,
+            by_autodiff=self.solver.jacobian.by_autodiff,
             error=self.solver.jacobian.unflatten(scale * solved.solution),
         )
 

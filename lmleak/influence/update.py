@@ -35,6 +35,7 @@ class UpdateJacobian(InputJacobian):
         names = adapter.select(shared).names
         parameters = adapter.parameters()
         super().__init__(adapter.input(batch), adapter.free(batch), {n: parameters[n].shape for n in names})
+        self.by_autodiff = self.parameter_names
         self._x = self.x.detach().requires_grad_()
         update, _ = update_of(
             adapter, self._x, batch.targets, batch.layout, names, aggregation, create_graph=True

@@ -36,6 +36,22 @@ def _damping_meaning(rows: Sequence[Row]) -> str:
     return f" ({compact(min(shares))} times the largest eigenvalue of J Jᵀ)"
 
 
+NAMED = 5  # parameters that a page names
+
+
+def autodiff_item(rows: Sequence[Row]) -> str:
+    """Return the list item, as HTML, about parameters of layers of unknown kinds; nothing if there are none."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("by_autodiff", ())))
+    if not names:
+        return ""
+    listed = ", ".join(f"<code>{escape(name)}</code>" for name in names[:NAMED])
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (
+        "<li><b>Some layers are of a kind that lmleak has no short formula for.</b> Products with the derivatives of "
+        f"{listed}{more} went by double backward: as exact as the others, but slower and larger in memory.</li>"
+    )
+
+
 def batch_note(meta: Mapping[str, Any]) -> str:
     """Return what the batch size means for the numbers."""
     size = int(meta.get("batch_size") or 1)

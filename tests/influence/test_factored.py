@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lmleak.adapters import LeNet, adapt
 from lmleak.gradients import capture_gradient
-from lmleak.influence import CosineJacobian, GradientJacobian
+from lmleak.influence import CosineJacobian, GradientJacobian, inversion_influence
 from lmleak.influence.factors import LinearFactor
 from tests.families import FAMILIES, make
 
@@ -97,6 +97,18 @@ def test_what_has_no_factors_goes_by_double_backward_and_is_named():
     assert "by double backward: scale, norm.weight" in repr(jacobian)
     assert jacobian.restrict(["fc.weight", "scale"]).by_autodiff == ("scale",)
     assert "backward" not in repr(jacobian.restrict(["fc.weight"]))
+
+
+@pytest.mark.parametrize("attacker", ["l2", "cosine"])
+def test_a_result_names_what_went_by_double_backward(attacker):
+    adapter, batch = image_problem(Residual)
+    named = GradientJacobian(adapter, batch).by_autodiff
+    settings = {"noise_std": 0.1, "attacker": attacker, "max_products": 3}
+    assert inversion_influence(adapter, batch, **settings, shared="all").by_autodiff == named != ()
+    lenet, images = image_problem(VISION["lenet"])
+    assert inversion_influence(lenet, images, **settings, shared="all").by_autodiff == ()
+    everything = inversion_influence(lenet, images, **settings, shared="all", implementation="autodiff")
+    assert everything.by_autodiff == GradientJacobian(lenet, images).parameter_names
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -162,6 +162,17 @@ def test_the_page_names_the_damping_and_marks_what_did_not_converge(tmp_path, sy
 
 
 @pytest.mark.usefixtures("quick_figures")
+def test_layers_without_factors_are_named_where_there_are_any(tmp_path, synthetic_rows, synthetic_meta):
+    rows = synthetic_rows(2)
+    assert "double backward" not in write_report(rows, synthetic_meta(), tmp_path / "none").read_text()
+    for row in rows:
+        row["by_autodiff"] = ["scale<1>", *(f"slope.{i}" for i in range(6))]
+    html, _ = check(write_report(rows, synthetic_meta(), tmp_path / "some"))
+    assert "<code>scale&lt;1&gt;</code>, <code>slope.0</code>" in html
+    assert "and 2 more went by double backward" in html
+    assert "slope.4" not in html
+
+
 def test_a_level_where_no_attack_ran_is_not_called_recovered(tmp_path, synthetic_rows, synthetic_meta):
     rows = synthetic_rows(2, noise_levels=(0.1, 1.0))
     for row in rows:
