@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ from lmleak.evaluation.layers_data import load_labelled
 from lmleak.evaluation.run import process_state
 from lmleak.report.layers_page import read_layers_result, write_layers_report
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "layers").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "layers").glob("*.yaml"))
 QUICK = [
     "--samples", "48", "--features", "16", "--folds", "2", "--permutations", "9", "--subspace", "2", "--steps", "2",
     "--sensitivity-examples", "1", "--probes", "2", "--influence-examples", "1", "--max-products", "4",
@@ -24,6 +29,27 @@ IMAGES = [
     "--model", "lenet", "--attribute", "mark", "--metrics", "sensitivity", "mean-difference", "latent", "original",
     "--attacks", "gs(iterations=2)", *QUICK,
 ]  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys
+from lmleak.cli import main
+from lmleak.evaluation import layers, layers_protection
+
+kind = {"rows": layers.LayerAnalysis, "row": layers_protection.Protection}[sys.argv[1]]
+work, left = getattr(kind, sys.argv[1]), 3
+
+def killed(self, item):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(self, item)
+
+setattr(kind, sys.argv[1], killed)
+main(sys.argv[2:])
+"""
+"""The command line in a process that is killed at its fourth piece of measuring ("rows") or hiding ("row")."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +78,29 @@ def test_the_same_command_goes_on_from_what_is_there_and_config_yaml_replays(fin
     again = run_layers(parse_config(LayersConfig, [*IMAGES, "--output", str(finished.folder)]))
     assert again.rows == json.loads(json.dumps(finished.rows))
     assert again.agreement == finished.agreement
+
+
+@pytest.mark.slow
+def test_killed_while_measuring_and_while_hiding_it_gives_the_rows_of_an_uninterrupted_run(finished, tmp_path):
+    argv = ["layers", *IMAGES, "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for stage, kept in (("rows", "shards"), ("row", "protection/shards")):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, stage, *argv], env=environment, capture_output=True, text=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        (shard,) = (tmp_path / "out" / kept).glob("*.jsonl")
+        assert len(shard.read_text().splitlines()) == 3
+        assert not (tmp_path / "out" / "report.html").exists()
+    again = run_layers(parse_config(LayersConfig, argv[1:]))
+    assert again.rows == json.loads(json.dumps(finished.rows))
+    assert again.orders == finished.orders
+    assert untimed(again.protection) == untimed(json.loads(json.dumps(finished.protection)))
+
+
+def untimed(protection):
+    return [row | {"attacks": {spec: {name: value for name, value in scores.items() if name != "seconds"}
+                               for spec, scores in row["attacks"].items()}} for row in protection]  # fmt: skip
 
 
 def test_the_report_is_one_page_with_its_figures_and_can_be_written_again(finished, capsys):
