@@ -3,6 +3,9 @@
 import csv
 import importlib
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -157,6 +160,27 @@ def test_leakage_of_a_tiny_network(recipe, tmp_path):
     assert sum(shares) == pytest.approx(1, abs=0.02)
     findings = list(csv.DictReader((tmp_path / "out" / "layer_leakage_findings.csv").open()))
     assert {f["finding"] for f in findings} == {"first layer", "fully connected"}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_give_the_rows_of_one(recipe, tmp_path):
+    """Of a trained network too: one process trains and captures, all measure."""
+    alone, _ = run(recipe, "layer_leakage", tmp_path / "one", "--epochs", "0", "1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    folder = tmp_path / "two" / "out"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml")]
+    done = subprocess.run(
+        [sys.executable, *launch, "--main_process_port", port, str(ROOT / "recipes/layer_leakage.py"), *TINY,
+         "--epochs", "0", "1", "--processes", "2", "--output", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "shards").glob("rank-*.jsonl"))) == 2
+    assert [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] == alone
 
 
 @pytest.mark.slow
