@@ -140,6 +140,7 @@ def describe(
         "families": list(config.families),
         "features": config.features,
         "gradients": len(analysis.chosen),
+        "protection_gradients": min(config.protection_gradients, examples.size),
         "noise": config.noise,
         "steps": config.steps,
         "seed": config.seed,

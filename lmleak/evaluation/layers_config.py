@@ -99,7 +99,7 @@ class LayersConfig:
     """Most products per solve; an unconverged number is marked."""
     attacks: list[str] | None = None
     """Attacks on the gradient with layers hidden; by default span for texts, gs(iterations=150) for images."""
-    attack_examples: int = 2
+    attack_examples: int = 8
     """Examples attacked per set of hidden layers."""
     protection_gradients: int = 1000
     """Most gradients that the information left by hidden layers is estimated from."""

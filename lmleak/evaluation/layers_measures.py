@@ -58,7 +58,7 @@ def sensitivity_of_layers(
         of_layer = [each.layers[layer] for each in found]
         rows[layer] = {"examples": len(found), "exact": exact, "probes": 0 if exact else settings.probes}
         for name in ("frobenius", "per_element", "relative", "share", "cumulative"):
-            rows[layer] |= _mean(name, [getattr(each, name) for each in of_layer])
+            rows[layer] |= with_interval(name, [getattr(each, name) for each in of_layer])
         # of the mean over examples, whose probes are as good as independent: errors add in quadrature
         errors = np.array([each.frobenius_std_error for each in of_layer])
         rows[layer]["frobenius_probe_error"] = float(np.sqrt(np.square(errors).sum()) / len(errors))
@@ -90,8 +90,8 @@ def influence_by_release(
         rows[layer] = {"examples": len(found), "noise": settings.noise, "converged": converged}
         for side in ("only", "without"):
             releases = [getattr(each, side) for each in of_layer]
-            rows[layer] |= _mean(f"{side}_error_rms", [release.map_error.rms for release in releases])
-            rows[layer] |= _mean(f"{side}_undetermined", [release.undetermined for release in releases])
+            rows[layer] |= with_interval(f"{side}_error_rms", [release.map_error.rms for release in releases])
+            rows[layer] |= with_interval(f"{side}_undetermined", [release.undetermined for release in releases])
     return rows
 
 
@@ -172,8 +172,16 @@ def _test(test: PermutationTest) -> Numbers:
             "permutations": test.permutations}  # fmt: skip
 
 
-def _mean(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    """Return mean and interval over examples; without those where the number does not exist."""
+def with_interval(name: str, values: Sequence[float | None]) -> Numbers:
+    """Return a column's mean and 95 % bootstrap interval over examples, without those where it does not exist.
+
+    Args:
+        name: The column.
+        values: One number per example.
+
+    Returns:
+        ``name``, ``name_low`` and ``name_high``; the bounds are None for one example, all are None for none.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return {name: None, f"{name}_low": None, f"{name}_high": None}

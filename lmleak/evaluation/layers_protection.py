@@ -14,6 +14,7 @@ from lmleak.errors import ConfigError
 from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.layers import LayerAnalysis, Measure, Row
 from lmleak.evaluation.layers_capture import release_rows
+from lmleak.evaluation.layers_measures import with_interval
 from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.scored import scored_attack
 from lmleak.gradients import SharedGradient
@@ -31,7 +32,7 @@ class ProtectionSettings:
 
     attacks: tuple[str, ...] = ()
     """Specifications of attacks on the protected gradient."""
-    attack_examples: int = 2
+    attack_examples: int = 8
     """Private examples attacked per set of hidden layers."""
     gradients: int = 1000
     """Most gradients that the information left is estimated from: joined layers have many features."""
@@ -123,7 +124,7 @@ class Protection:
         Returns:
             ``hidden``, ``remaining``, ``parameters`` (shared numbers left), ``latent`` and ``original`` (per target
             the V-information of all remaining layers together), ``attacks`` (per specification the mean scores over
-            the attacked examples, or why it cannot run).
+            the attacked examples, with ``_low`` and ``_high``, or why it cannot run).
         """
         analysis = self.analysis
         remaining = [layer for layer in analysis.layers if layer not in hidden]
@@ -168,7 +169,9 @@ class Protection:
                 return {"refused": found["refused"]}
             scored.append(found)
         names = TEXT_SCORES if isinstance(analysis.adapter, TextAdapter) else IMAGE_SCORES
-        means = {name: _mean([each.get(name) for each in scored]) for name in names}
+        means = {}
+        for name in names:
+            means |= with_interval(name, [_finite(each.get(name)) for each in scored])
         return means | {"examples": len(scored), "seconds": sum(each["seconds"] for each in scored)}
 
 
@@ -179,9 +182,8 @@ def hide(shared: SharedGradient, names: Sequence[str]) -> SharedGradient:
     return HideLayers(names="^(" + "|".join(re.escape(name) for name in sorted(names)) + ")$")(shared)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and np.isfinite(value)]
-    return float(np.mean(known)) if known else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
 
 
 def curves(

@@ -133,7 +133,8 @@ def residual_curves(curves: Curves) -> Figure | None:
     """Draw what is left when the first k layers of each order are hidden: information and attacks.
 
     A panel about an attribute leaves out the orders that other attributes give, a panel about the input those of all
-    attributes; the table has them all. A cross below zero is an attack that cannot run.
+    attributes; the table has them all, and the intervals, which would cover one another here. A cross below zero is an
+    attack that cannot run.
 
     Args:
         curves: Of :func:`lmleak.evaluation.layers_protection.curves`.
@@ -227,11 +228,20 @@ def residual_panels(curves: Curves) -> list[Panel]:
         shown = next((score for score in SHOWN_SCORES if any(each.get(score) is not None for each in every)), None)
         if shown:
             panels.append(Panel(
-                f"{spec}: {SCORE_LABELS[shown]}", of_input,
+                f"{SCORE_LABELS[shown]}\n{spec}, {mean_of(every)}", of_input,
                 lambda row, spec=spec, shown=shown: row["attacks"][spec].get(shown),
                 refused=lambda row, spec=spec: "refused" in row["attacks"][spec], share=shown == "token_recall",
             ))  # fmt: skip
     return panels
+
+
+def mean_of(attacked: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words over how many examples the outcomes of an attack are means."""
+    counts = {each["examples"] for each in attacked if "examples" in each}
+    if not counts:
+        return "cannot run"
+    count = max(counts)  # the same for every set of hidden layers
+    return f"mean of {count} example{'s' * (count != 1)}"
 
 
 def whole_information(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:

@@ -96,7 +96,7 @@ def render(result: LayersResult, summary: Mapping[str, Any], drawn: Mapping[str,
         findings="".join(f"<p>{escape(sentence)}</p>" for sentence in summary["findings"]),
         layers=_layers_section(figures["layers"], layers_tables.score_table(scores, result.rows, meta["layers"])),
         agreement=_agreement_section(figures["agreement"], len(meta["layers"])),
-        protection=_protection_section(figures["protection"], layers_tables.protection_table(left)),
+        protection=_protection_section(figures["protection"], layers_tables.protection_table(left), meta),
         families=escape(f"Here: {', '.join(meta['families'])}, on {meta['features']} features per layer."),
         gradients=f"{meta['gradients']:,}",
         attacks=escape(_attack_note(result.protection)),
@@ -140,13 +140,16 @@ def _agreement_section(figure: str, layers: int) -> str:
     )
 
 
-def _protection_section(figure: str, table: str) -> str:
+def _protection_section(figure: str, table: str, meta: Mapping[str, Any]) -> str:
+    few = f"{meta['protection_gradients']:,} gradients"
+    if meta["protection_gradients"] < meta["gradients"]:
+        few += f" and not {meta['gradients']:,} as above, so that it is lower than there"
     return (
         "<p>Hiding a layer withholds its gradient. Below, layers are hidden one after another in the order of each "
         "metric, and what the others still tell is measured again: usable information of all remaining layers "
         "together, and attacks on the gradient that is left. Lower is better, except for the RMSE of an attack. "
         f"“{escape(layers_tables.FORWARD)}” is the baseline that looks at nothing; “greedy” hides next what leaves "
-        "the least information.</p>"
+        f"the least information. Information is estimated from {few}; intervals of attacks are over examples.</p>"
         f"{figure}{table}"
     )
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.layers_protection import FORWARD
 from lmleak.evaluation.layers_settings import Row
-from lmleak.report.layers_figures import SHOWN_SCORES, Curves, interval_of, whole_information
+from lmleak.report.layers_figures import SHOWN_SCORES, Curves, interval_of, mean_of, whole_information
 from lmleak.report.rows import compact, percent
 
 SIGNIFICANT = 0.05
@@ -83,10 +83,28 @@ def attack_cell(scores: Mapping[str, Any]) -> str:
     """Return one attack's outcome in a few words."""
     if "refused" in scores:
         return "cannot run"
-    name = next((score for score in SHOWN_SCORES if scores.get(score) is not None), None)
+    name = _shown(scores)
     if name == "token_recall":
         return f"{percent(scores[name])} of tokens"
     return "no finite result" if name is None else f"RMSE {compact(scores[name])}"
+
+
+def _shown(scores: Mapping[str, Any]) -> str | None:
+    return next((score for score in SHOWN_SCORES if scores.get(score) is not None), None)
+
+
+def _mean_of(curves: Curves, spec: str) -> str:
+    return mean_of([row["attacks"][spec] for steps in curves.values() for _, _, row in steps])
+
+
+def _spread(scores: Mapping[str, Any]) -> str:
+    """Return the 95 % interval over the attacked examples, as HTML; nothing where there is none."""
+    name = _shown(scores)
+    low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+    if low is None or high is None:
+        return ""
+    write = percent if name == "token_recall" else compact
+    return f" <small>[{write(low)}, {write(high)}]</small>"
 
 
 def score_table(scores: Sequence[LayerScores], rows: Sequence[Row], layers: Mapping[str, int]) -> str:
@@ -135,14 +153,14 @@ def protection_table(curves: Curves) -> str:
         return ""
     first = next(iter(curves.values()))[0][2]
     head = "".join(f"<th>{escape(name)} (nats)</th>" for name in [*first["latent"], *first["original"]])
-    head += "".join(f"<th>{escape(spec)}</th>" for spec in first["attacks"])
+    head += "".join(f"<th>{escape(spec)}, {_mean_of(curves, spec)}</th>" for spec in first["attacks"])
     body = []
     for hidden, row, orders in hidden_rows(curves):
         cells = [_left(part) for group in ("latent", "original") for part in row[group].values()]
-        cells += [attack_cell(scores) for scores in row["attacks"].values()]
+        cells += [attack_cell(scores) + _spread(scores) for scores in row["attacks"].values()]
         chosen = "all" if len(orders) == len(curves) else ", ".join(orders)
         body.append(
-            f'<tr><td class="name">{escape(", ".join(hidden)) or "nothing"}</td>'
+            f'<tr><td class="name">{_together(hidden) or "nothing"}</td>'
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + f'<td class="name"><small>{escape(chosen)}</small></td></tr>'
         )
@@ -151,6 +169,11 @@ def protection_table(curves: Curves) -> str:
         f'{head}<th class="name">orders that hide these first</th></tr></thead><tbody>{"".join(body)}</tbody></table>'
         "</div>"
     )
+
+
+def _together(layers: Sequence[str]) -> str:
+    """Return names of layers as HTML, each kept on one line."""
+    return ", ".join(escape(layer).replace(" ", "&nbsp;") for layer in layers)
 
 
 def _left(information: Mapping[str, Any]) -> str:
@@ -189,7 +212,7 @@ def orders_table(curves: Curves) -> Table:
     for name in [*first["latent"], *first["original"]]:
         table.add_column(f"{name}\nnats", justify="right")
     for spec in first["attacks"]:
-        table.add_column(spec, justify="right")
+        table.add_column(f"{spec}\n{_mean_of(curves, spec)}", justify="right")
     table.add_column("hidden first by", overflow="fold")
     for hidden, row, orders in hidden_rows(curves):
         if len(hidden) in (0, half):

@@ -339,6 +339,15 @@ def test_hidden_layers_are_withheld_from_metrics_and_attacks(analysis, rows):
     assert [(k, hidden) for k, hidden, _ in found[FORWARD]] == [(0, ()), (1, ("body.0",))]
 
 
+def test_attacks_are_means_over_several_examples_with_their_interval(analysis):
+    spec = "gs(iterations=2)"
+    one, two = (Protection(analysis, ProtectionSettings((spec,), attack_examples=n)).row(("fc",)) for n in (1, 3))
+    alone, several = one["attacks"][spec], two["attacks"][spec]
+    assert (alone["examples"], several["examples"]) == (1, 3)
+    assert (alone["rmse_low"], alone["rmse_high"]) == (None, None)
+    assert several["rmse_low"] < several["rmse"] < several["rmse_high"]
+
+
 def test_hiding_removes_exactly_the_named_parameters(digits):
     adapter, examples = digits
     shared = capture_gradient(adapter, examples.batch([0]), shared="all")

@@ -106,7 +106,10 @@ def untimed(protection):
 def test_the_report_is_one_page_with_its_figures_and_can_be_written_again(finished, capsys):
     page = write_layers_report(finished)
     html = page.read_text()
-    for word in ("mark", "body.0", "greedy", "Gaussian decoder", "lmleak layers ..."):
+    for word in (
+        "mark", "body.0", "greedy", "Gaussian decoder", "lmleak layers ...", "gs(iterations=2), mean of 1 example",
+        "estimated from 48 gradients;",
+    ):  # fmt: skip
         assert word in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "<script" not in html

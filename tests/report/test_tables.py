@@ -250,3 +250,4 @@ def test_compact_numbers():
     assert [compact(value) for value in (0, 0.01234, 1.5, 123.4, 1.2e-5, -3.4e7, None)] == [
         "0", "0.012", "1.5", "123", "1.2e-5", "-3.4e7", "–",
     ]  # fmt: skip
+    assert [compact(value) for value in (9.96, 99.4, 99.6, -99.6)] == ["10", "99", "100", "-100"]
