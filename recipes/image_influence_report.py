@@ -46,7 +46,8 @@ def bootstrap(
     draws = [
         statistic([p for k in generator.integers(len(own), size=len(own)) for p in own[k]]) for _ in range(RESAMPLES)
     ]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    # One level of noise has no slope, and so no interval.
+    low, high = (float("nan"),) * 2 if np.isnan(draws).all() else np.nanquantile(draws, [0.025, 0.975])
     return statistic(list(chosen)), float(low), float(high)
 
 

@@ -60,7 +60,7 @@ def load_image_model(name: str, seed: int) -> nn.Module:
 
 
 def from_image_shape(path: str, shape: Mapping, seed: int) -> nn.Module:
-    """Return the classifier that a shape file describes.
+    """Return the classifier that a shape file describes; weights bring their normalisation as in load_image_model.
 
     Args:
         path: The file; ``weights:`` in it is relative to its folder.
@@ -90,7 +90,10 @@ def from_image_shape(path: str, shape: Mapping, seed: int) -> nn.Module:
         raise ConfigError(f"{path}: {error}") from error
     if weights is not None:
         file = Path(path).parent / str(weights)
-        _load_state(model, read_weights(file)[0], str(file))
+        state, is_imagenet_trainer = read_weights(file)
+        _load_state(model, state, str(file))
+        if is_imagenet_trainer and "normalization" not in shape:
+            normalization = NORMALIZATIONS["imagenet"]
     model.normalization = normalization
     return model
 

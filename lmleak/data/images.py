@@ -46,8 +46,8 @@ class ImageData:
     """Where they come from, for reports."""
 
     def __post_init__(self):
-        if not len(self.pixels):
-            raise DataError(f"{self.name} holds no images")
+        if not self.pixels.numel():
+            raise DataError(f"{self.name} holds no images, or images without pixels: {tuple(self.pixels.shape)}")
         if len(self.labels) != len(self.pixels):
             raise DataError(
                 f"{self.name} holds {len(self.pixels)} images and {len(self.labels)} labels; expected one each"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmleak.adapters.base import Prior
-from lmleak.errors import ConfigError
+from lmleak.errors import ConfigError, DataError
 from lmleak.influence.jacobian import InputJacobian
 from lmleak.influence.perturbation import UnitNoise
 from lmleak.linops import EigenvalueResult, Krylov, krylov_solve, multishift_krylov, top_eigenvalue
@@ -181,7 +181,9 @@ class InfluenceSolver:
     def solve(self, perturbation: Mapping[str, Tensor], *, damping: float | None = None) -> InfluenceResult:
         """Return the I2F of one perturbation at one damping, by default ``default_damping``."""
         damping = self.default_damping if damping is None else damping
-        return self.respond(perturbation, [damping]).influence(damping)
+        response = self.respond(perturbation, [damping])
+        self._refuse_zero()
+        return response.influence(damping)
 
     def sweep(
         self, noise_stds: Sequence[float], dampings: Sequence[float] | None = None
@@ -204,7 +206,21 @@ class InfluenceSolver:
             raise ConfigError(f"noise_std must be a finite number >= 0, got {list(noise_stds)}")
         dampings = [self.default_damping] if dampings is None else list(dampings)
         response = self.respond(self.noise(), dampings)
+        self._refuse_zero()
         return [[response.influence(d, scale=std) for d in dampings] for std in noise_stds]
+
+    def _refuse_zero(self) -> None:
+        """Refuse a J without any product different from zero: an I2F of 0 would read as "the noise protects nothing".
+
+        Raises:
+            DataError: If the largest eigenvalue of A is zero in this precision.
+        """
+        if not self.lambda_max.upper > 0:
+            raise DataError(
+                f"J J^T is zero in {self.jacobian.dtype} at this batch: the shared gradient does not move with the "
+                "input, or by less than this precision holds, so there is nothing to invert and I2F does not exist. If "
+                "the network is not dead (no active ReLU), load it in float64"
+            )
 
 
 class PerturbationResponse:
@@ -243,7 +259,7 @@ class PerturbationResponse:
         dx, bracket = self.solver.jacobian.dx, self.bracket
         return InfluenceResult(
             influence=magnitude(scale * solved.norm, dx),
-            lower_bound=magnitude(scale * self.norm / bracket.upper if self.norm else 0.0, dx),
+            lower_bound=magnitude(scale * self.norm / bracket.upper if bracket.upper else 0.0, dx),
             cg_bounds=tuple(scale * bound for bound in self.bounds),
             lambda_max=bracket.upper,
             lambda_max_residual=bracket.upper / bracket.value - 1 if bracket.value > 0 else math.inf,

@@ -273,3 +273,11 @@ def test_real_files(real_data):
     assert zipped.class_names == decoded.class_names
     assert torch.equal(zipped.labels, decoded.labels)
     assert (zipped.pixels - decoded.pixels).abs().max() <= 2 / 255  # decoders of JPEG may differ by a level
+
+
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("shape", [(2, 0, 8), (2, 8, 0)])
+def test_images_without_pixels_are_refused(tmp_path, shape, size):
+    np.savez(tmp_path / "flat.npz", x=np.zeros(shape, np.uint8), y=np.zeros(2, np.int64))
+    with pytest.raises(DataError, match="without pixels"):
+        load_images(str(tmp_path / "flat.npz"), size=size)

@@ -266,8 +266,8 @@ class TestRefusals:
 def test_a_gradient_that_does_not_move_with_x_has_no_influence(problems):
     """W = 0: the bias gradient p - e_y is the same for every x, and A = 0."""
     adapter, batch, *_ = problems.linear_softmax(scale=0.0)
-    result = inversion_influence(adapter, batch, noise_std=1e-2, shared="bias")
-    assert (result.influence.l2, result.lower_bound.l2, result.cg_bounds) == (0.0, 0.0, ())
+    with pytest.raises(DataError, match="I2F does not exist"):
+        inversion_influence(adapter, batch, noise_std=1e-2, shared="bias")
 
 
 class TestPredictedError:
@@ -371,3 +371,22 @@ class TestDeterminism:
         assert single.error.dtype == torch.float32
         assert single.influence.l2 == pytest.approx(double.influence.l2, rel=1e-4)
         assert single.lower_bound.l2 == pytest.approx(double.lower_bound.l2, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["dead", "underflow"])
+def test_a_jacobian_of_zeros_has_no_influence(case):
+    """An I2F of 0 would say that noise protects nothing; here nothing leaks, or nothing is resolved."""
+    act = torch.nn.ReLU() if case == "dead" else torch.nn.Tanh()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 5), act, torch.nn.Linear(5, 3))
+    with torch.no_grad():
+        if case == "dead":
+            model[1].bias.fill_(-1e3)
+        else:
+            for p in model.parameters():
+                p.mul_(1e-25)
+    adapter = adapt(model)
+    batch = adapter.batch(torch.linspace(-1, 1, 6).view(1, 1, 2, 3), torch.tensor([1]))
+    with pytest.raises(DataError, match="float64"):
+        inversion_influence(adapter, batch, noise_std=1e-3, damping=1e-2)
