@@ -218,7 +218,7 @@ class InfluenceSolver:
         if not self.lambda_max.upper > 0:
             raise DataError(
                 f"J J^T is zero in {self.jacobian.dtype} at this batch: the shared gradient does not move with the "
-                "input, or by less than this precision holds, so there is nothing to invert and I2F does not exist. If "
+                "input, or by less than this precision holds, so nothing can be inverted and I2F does not exist. If "
                 "the network is not dead (no active ReLU), load it in float64"
             )
 
