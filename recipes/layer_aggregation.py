@@ -143,6 +143,7 @@ def naive_rows(cases: Sequence[Prepared], number: int, measure: Measure) -> list
         "key": f"{number}|naive|{measure.layer}|{measure.target}|{measure.family}", **case.columns,
         "layer": measure.layer, "group": f"naive {measure.group}", "target": measure.target, "family": measure.family,
         "nats": found.nats, "low": found.low, "high": found.high, "baseline_nats": found.baseline_nats,
+        "fraction_low": found.fraction_low, "fraction_high": found.fraction_high,
         "num_coordinates": found.num_coordinates, "members": list(found.members),
     }]  # fmt: skip
 

@@ -81,7 +81,7 @@ def row_of(case: Prepared, number: int, what: str, measure: Measure, found: VInf
         "what": what, "layer": measure.layer, "group": measure.group, "target": measure.target,
         "family": found.family, "gradients": found.num_samples, "nats": found.nats, "low": found.low,
         "high": found.high, "baseline_nats": found.baseline_nats, "num_coordinates": found.num_coordinates,
-        "members": list(found.members),
+        "fraction_low": found.fraction_low, "fraction_high": found.fraction_high, "members": list(found.members),
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from lmleak.adapters import ModelAdapter
 from lmleak.data.attributes import COIN, TEXT_SOURCES, AttributeData, load_texts
 from lmleak.data.attributes_images import IMAGE_SOURCES, INJECTIONS, load_marked_images
 from lmleak.defenses import parse_defense
-from lmleak.errors import ConfigError
+from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation.attacks import Sharing
 from lmleak.evaluation.layers import ALL, LayerAnalysis, LayerSettings, Measure, Row
 from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
@@ -297,13 +297,17 @@ def study_folder(config: LayerStudyConfig, prepared: Sequence[Prepared]) -> Resu
 def information(row: Row) -> tuple[float, float, float]:
     """Return a row's usable information and its interval in [0, 1] units that compare between cases.
 
-    Latent: the fraction I_V / H_V(Y|0), 1 where the attribute is told with certainty. Original: R^2 = 1 - exp(-2 I_V /
-    dx), 1 where the input is told exactly.
+    Latent: the fraction I_V / H_V(Y|0), 1 where the attribute is told with certainty, with the interval of the ratio
+    itself. Original: R^2 = 1 - exp(-2 I_V / dx), 1 where the input is told exactly.
+
+    Raises:
+        DataError: If the rows are of a version that divided the interval of I_V by a fixed H_V(Y|0).
     """
-    nats = (row["nats"], row["low"], row["high"])
     if row["group"] == "latent":
-        return tuple(n / row["baseline_nats"] for n in nats)
-    return tuple(-math.expm1(-2 * n / row["num_coordinates"]) for n in nats)
+        if "fraction_high" not in row:
+            raise DataError("these rows have no interval of the fraction; measure them again in another output folder")
+        return row["nats"] / row["baseline_nats"], row["fraction_low"], row["fraction_high"]
+    return tuple(-math.expm1(-2 * row[name] / row["num_coordinates"]) for name in ("nats", "low", "high"))
 
 
 def of_layers(rows: Iterable[Row]) -> list[Row]:

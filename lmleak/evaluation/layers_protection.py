@@ -147,6 +147,7 @@ class Protection:
         )  # fmt: skip
         return {
             "nats": found.nats, "low": found.low, "high": found.high, "fraction": found.fraction,
+            "fraction_low": found.fraction_low, "fraction_high": found.fraction_high,
             "accuracy": found.accuracy, "r_squared": found.r_squared, "family": family,
         }  # fmt: skip
 

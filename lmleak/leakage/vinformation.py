@@ -47,6 +47,10 @@ class VInformation:
     """Latent: the same of the constant predictor."""
     auc: float | None = None
     """Latent: area under the ROC curve; the mean of one against the rest for more than two values."""
+    fraction_low: float | None = None
+    fraction_high: float | None = None
+    """Latent: the interval of ``fraction``, at most 1. Both log-losses of 1 - H_V(Y|X) / H_V(Y|0) are resampled
+    together; ``low`` and ``high`` over a fixed ``baseline_nats`` could exceed 1."""
     mse: float | None = None
     """Original: mean squared error per coordinate, squared units of the input."""
     constant_mse: float | None = None
@@ -160,18 +164,21 @@ def information_between(
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise ConfigError(f"expected 0 < confidence < 1 and resamples >= 1, got {confidence!r} and {resamples!r}")
+    weights = _bootstrap_weights(len(without.loss), groups, resamples, seed)
+    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
     if target.kind == "latent":
         pointwise = without.loss - given.loss
         baseline, scores = without.loss.mean(), _latent_scores(target, without, given)
-        statistic = lambda weights: weights @ pointwise
+        draws = weights @ pointwise
+        ratios = 1 - weights @ given.loss / np.maximum(weights @ without.loss, 1e-300)
+        scores |= dict(zip(("fraction_low", "fraction_high"), np.quantile(ratios, ends).tolist(), strict=True))
     else:
         dx, mse0, mse1 = target.values.shape[1], without.loss.mean(), max(given.loss.mean(), 1e-300)
         pointwise = dx / 2 * (np.log(mse0 / mse1) + without.loss / mse0 - given.loss / mse1)
         baseline = dx / 2 * (np.log(2 * np.pi * mse0) + 1)
         scores = {"mse": float(mse1), "constant_mse": float(mse0), "num_coordinates": dx}
-        statistic = lambda weights: dx / 2 * np.log(weights @ without.loss / np.maximum(weights @ given.loss, 1e-300))
-    draws = statistic(_bootstrap_weights(len(pointwise), groups, resamples, seed))
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+        draws = dx / 2 * np.log(weights @ without.loss / np.maximum(weights @ given.loss, 1e-300))
+    low, high = np.quantile(draws, ends)
     return VInformation(
         target=target.kind, family=family, nats=float(pointwise.mean()), low=float(low), high=float(high),
         confidence=confidence, baseline_nats=float(baseline), members=given.members, num_samples=len(pointwise),

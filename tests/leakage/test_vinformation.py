@@ -6,9 +6,10 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from lmleak.errors import ConfigError, DataError
+from lmleak.leakage.cross_fitting import Chosen, Folds, make_target
 from lmleak.leakage.families import FAMILIES, calibrate_probabilities, calibrate_values
 from lmleak.leakage.independence import independence_test
-from lmleak.leakage.vinformation import learning_curve, v_information, v_information_by_layer
+from lmleak.leakage.vinformation import information_between, learning_curve, v_information, v_information_by_layer
 
 
 def linear_gaussian(n, p=6, dx=4, noise=0.5, seed=0):
@@ -31,6 +32,21 @@ def two_gaussians(n, distance, seed=0):
     return x, y, np.log(2) - entropy
 
 
+def test_the_interval_of_the_fraction_is_of_the_ratio_and_at_most_one():
+    y = np.arange(100) < 10
+    x = np.stack([6.0 * y, np.random.default_rng(0).standard_normal(100)], 1)
+    found = v_information(x, y)
+    assert found.high / found.baseline_nats > 1.1  # the interval of nats over a fixed H0 passes 1
+    assert found.fraction_low <= found.fraction <= found.fraction_high <= 1
+    losses = {"without": np.array([0.4, 0.4, 2.0, 1.2]), "given": np.array([0.1, 0.3, 0.9, 1.1])}
+    target = make_target(np.repeat([0, 1], 8))
+    tiled = {name: Chosen(np.tile(loss, 4), np.log(np.full((16, 2), 0.5)), (), 0.0) for name, loss in losses.items()}
+    found = information_between(target, **tiled, family="linear", num_features=1, resamples=4000, confidence=0.9)
+    rows = np.random.default_rng(1).integers(16, size=(40000, 16))
+    ratios = 1 - tiled["given"].loss[rows].sum(1) / tiled["without"].loss[rows].sum(1)
+    assert (found.fraction_low, found.fraction_high) == pytest.approx(np.quantile(ratios, [0.05, 0.95]), abs=0.01)
+
+
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
 def test_linear_gaussian_inputs_give_the_closed_form(noise):
     x, y, exact = linear_gaussian(2000, noise=noise)
@@ -41,7 +57,7 @@ def test_linear_gaussian_inputs_give_the_closed_form(noise):
     assert found.nats_per_coordinate == pytest.approx(0.5 * np.log(found.constant_mse / found.mse))
     assert found.r_squared == pytest.approx(1 / (1 + noise**2), abs=0.03)
     assert found.bits == pytest.approx(found.nats / np.log(2))
-    assert found.fraction is found.accuracy is found.auc is None
+    assert found.fraction is found.fraction_low is found.fraction_high is found.accuracy is found.auc is None
 
 
 @pytest.mark.parametrize("distance", [0.5, 2.0, 5.0])
@@ -131,8 +147,6 @@ def test_networks_see_it_too(family):
 
 
 def test_families_are_nested_on_the_validation_part():
-    from lmleak.leakage.cross_fitting import Folds, make_target
-
     x, y, _ = two_gaussians(120, 1.0)
     folds = Folds(make_target(y), 3, seed=0)
     losses = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lmleak.config import parse_config
-from lmleak.errors import ConfigError
+from lmleak.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {
@@ -77,7 +77,7 @@ def test_wrong_settings_are_refused(recipe, name, arguments, message):
 
 def layer_row(layer, place, nats, low, high):
     return {"layer": layer, "place": place, "nats": nats, "low": low, "high": high, "group": "latent",
-            "baseline_nats": 1.0}  # fmt: skip
+            "baseline_nats": 1.0, "fraction_low": low, "fraction_high": high}  # fmt: skip
 
 
 def test_a_finding_is_confirmed_or_refuted_by_separate_intervals_only(recipe):
@@ -90,7 +90,10 @@ def test_a_finding_is_confirmed_or_refuted_by_separate_intervals_only(recipe):
 
 def test_information_is_a_share_of_what_there_is_to_know(recipe):
     information = recipe("layer_cases").information
-    assert information(layer_row("a", 0, 0.5, 0.4, 0.6) | {"baseline_nats": 2.0}) == (0.25, 0.2, 0.3)
+    latent = layer_row("a", 0, 0.5, 0.4, 0.6) | {"baseline_nats": 2.0, "fraction_low": 0.19, "fraction_high": 0.28}
+    assert information(latent) == (0.25, 0.19, 0.28)  # the interval is of the ratio, not that of nats over 2
+    with pytest.raises(DataError, match="measure them again"):
+        information({name: value for name, value in latent.items() if name != "fraction_high"})
     nats = 10 / 2 * np.log(4.0)  # MSE0 / MSE1 = 4 over 10 coordinates: R^2 = 3/4
     row = {"group": "original", "num_coordinates": 10, "nats": nats, "low": 0.0, "high": nats}
     assert information(row) == pytest.approx((0.75, 0.0, 0.75))
