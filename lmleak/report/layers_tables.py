@@ -53,6 +53,12 @@ def _chance(row: Row) -> str:
     p = row.get("p_value")
     if p is None or p <= SIGNIFICANT:
         return ""
+    smallest = 1 / (row["permutations"] + 1)
+    if smallest > SIGNIFICANT:
+        return (
+            f" The linear test cannot reject chance: the smallest possible p is {smallest:.2f} "
+            f"(permutations={row['permutations']}; write 19 or more)."
+        )
     return f" The linear test does not tell it from chance (p = {p:.2f})."
 
 
@@ -70,7 +76,8 @@ def _attack_findings(curves: Curves) -> list[str]:
         sentence = f"Attack {spec} on the whole gradient: {attack_cell(clean)}."
         if stopped:
             fewest = min(stopped, key=lambda row: len(row["hidden"]))
-            sentence += f" It cannot run any more once {' and '.join(fewest['hidden'])} is hidden."
+            verb = "is" if len(fewest["hidden"]) == 1 else "are"
+            sentence += f" It cannot run any more once {' and '.join(fewest['hidden'])} {verb} hidden."
         worst = [row for row in rows.values() if row["hidden"] and "refused" not in row["attacks"][spec]]
         if worst:
             last = max(worst, key=lambda row: len(row["hidden"]))

@@ -3,7 +3,7 @@
 import re
 
 from lmleak.report.layers_figures import mean_of, residual_curves, residual_panels
-from lmleak.report.layers_tables import protection_table
+from lmleak.report.layers_tables import _attack_findings, _chance, protection_table
 
 
 def row(hidden, outcome):
@@ -34,3 +34,19 @@ def test_a_panel_names_attack_and_number_of_examples():
     ]  # fmt: skip
     labels = [axes.get_ylabel() for axes in residual_curves(CURVES).axes]
     assert labels == [panel.label for panel in residual_panels(CURVES)]
+
+
+def test_too_few_shuffles_are_not_called_chance():
+    assert _chance({"p_value": 0.1, "permutations": 9}) == (
+        " The linear test cannot reject chance: the smallest possible p is 0.10 (permutations=9; write 19 or more)."
+    )
+    assert _chance({"p_value": 0.1, "permutations": 19}) == " The linear test does not tell it from chance (p = 0.10)."
+    assert _chance({"p_value": 0.05, "permutations": 19}) == _chance({}) == ""
+
+
+def test_several_layers_are_hidden_and_one_is():
+    one = CURVES["first layers first"]
+    assert "once block 0 is hidden" in _attack_findings(CURVES)[0]
+    pair = ("embeddings", "block 0")
+    two = {"first layers first": [one[0], (2, pair, row(pair, REFUSED))]}
+    assert "once embeddings and block 0 are hidden" in _attack_findings(two)[0]
