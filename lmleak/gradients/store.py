@@ -1,8 +1,9 @@
 """Many captured gradients on disk, a few features per layer: written in bounded memory, killed and resumed at will.
 
-Folder (version 1): ``store.json`` (what decides the features: layers, projection, seed, identity),
+Folder (version 2): ``store.json`` (what decides the features: layers, projection, seed, identity),
 ``basis.safetensors`` (principal axes, if those are used) and ``shard-<i>.safetensors`` with examples i S to
-(i+1) S - 1: tensors ``features/<layer>`` (n, k), ``attributes/<name>`` (n, ...). A shard appears whole or not at all.
+(i+1) S - 1: tensors ``features/<layer>`` (n, k), ``attributes/<name>`` (n, ...), the same in every shard. A shard
+appears whole or not at all, and each tensor's digest is verified whenever it is read.
 The folder holds private attributes: it is the data owner's, and no attack reads it.
 """
 
@@ -12,20 +13,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.errors import ConfigError, DataError
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_text_atomically
 from lmleak.gradients.per_example import per_example_gradients
 from lmleak.gradients.projection import NONZEROS, principal_components, project_on, random_projection
+from lmleak.gradients.shards import (
+    FORMAT,
+    VERSION,
+    check_shards,
+    is_whole,
+    read_settings,
+    read_tensor,
+    read_tensors,
+    shard_paths,
+    write_tensors,
+)
 from lmleak.lookup import lookup
 from lmleak.types import Batch
 
-FORMAT, VERSION = "lmleak-gradient-store", 1
 PROJECTIONS = {"random": random_projection, "pca": principal_components}
 
 
@@ -41,7 +51,8 @@ class GradientStoreWriter:
         layers: Parameter names per layer, as ``adapter.roles()`` gives them.
         features: k, the features per layer, a multiple of 4; a layer of fewer numbers keeps them all.
         projection: "random" (:func:`random_projection`, unbiased and independent of the data) or "pca" (principal
-            axes of the first shard, fitted without its attributes).
+            axes of the first shard). The axes are an unsupervised fit: no attribute or input enters, but the gradients
+            of the first shard do, and a later cross-fit tests on these too. Take "random" where that matters.
         seed: Seed of the random projection.
         shard_size: S, examples per shard.
         identity: What else decides the gradients (data, defenses, "weights": ``adapter.weights_digest()``), as
@@ -83,7 +94,7 @@ class GradientStoreWriter:
     def _open(self) -> None:
         header = self.path / "store.json"
         if header.exists():
-            saved = _header(self.path)
+            saved = read_settings(self.path)
             for key, value in self.settings.items():
                 if saved.get(key) != value:
                     raise ConfigError(
@@ -94,16 +105,20 @@ class GradientStoreWriter:
             raise ConfigError(f"{self.path} is not empty and holds no gradient store; choose another folder")
         else:
             write_text_atomically(header, json.dumps(self.settings, indent=1))
-        shards = _shards(self.path)
-        if shards and not _is_whole(shards[-1]):
+        shards = shard_paths(self.path)
+        if shards and not is_whole(shards[-1]):
             shards.pop().unlink()  # cut short by the file system: its examples are captured again
-        counts = _check_shards(self.path, shards, self.settings["shard_size"])
-        if self.settings["projection"] == "pca" and (self.path / "basis.safetensors").exists():
-            self._basis = load_file(self.path / "basis.safetensors")
+        counts, layout = check_shards(self.path, shards, self.settings["shard_size"])
+        self._attributes = _named(layout, "attributes/") if shards else None
+        basis = self.path / "basis.safetensors"
+        if self.settings["projection"] == "pca" and basis.exists():
+            self._basis = read_tensors(basis)
+        elif self.settings["projection"] == "pca" and shards:
+            raise DataError(f"{self.path} lacks {basis.name}, the axes of its shards; delete the folder")
         self._written = len(shards)
         self.num_examples = sum(counts)
         if counts and counts[-1] < self.settings["shard_size"]:  # closed before it was full: go on filling it
-            self._rows, self._written = [load_file(shards[-1])], len(shards) - 1
+            self._rows, self._written = [read_tensors(shards[-1])], len(shards) - 1
 
     def append(self, gradient: Mapping[str, Tensor], attributes: Mapping[str, Tensor] | None = None) -> None:
         """Add n examples.
@@ -128,8 +143,14 @@ class GradientStoreWriter:
         for name, value in {**wanted, **attributes}.items():
             if value.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(value)):
                 raise DataError(f"{name!r} holds NaN or Inf; only finite numbers are stored")
-        if self._rows and attributes.keys() != (known := _named(self._rows[0], "attributes/")).keys():
-            raise DataError(f"attributes are {sorted(attributes)}, earlier examples have {sorted(known)}")
+        kinds = {name: (value.dtype, tuple(value.shape[1:])) for name, value in attributes.items()}
+        if self._attributes is None:
+            self._attributes = kinds
+        elif kinds != self._attributes:
+            raise DataError(
+                f"attributes (dtype, shape of one) are {kinds!r:.300}, earlier examples have "
+                f"{self._attributes!r:.300}; give every example the same"
+            )
         size, count = self.settings["shard_size"], next(iter(sizes.values()))
         start = 0
         while start < count:
@@ -167,9 +188,7 @@ class GradientStoreWriter:
             self._fit(raw)
             rows = {name: value for name, value in rows.items() if not name.startswith("raw/")} | self._features(raw)
         count = len(next(iter(rows.values())))
-        metadata = {"format": FORMAT, "version": str(VERSION), "examples": str(count)}
-        shard = self.path / f"shard-{self._written:06d}.safetensors"
-        write_atomically(shard, lambda temporary: save_file(rows, temporary, metadata=metadata))
+        write_tensors(self.path / f"shard-{self._written:06d}.safetensors", rows)
         self._written += 1
         self.num_examples = (self._written - 1) * self.settings["shard_size"] + count
         self._rows = []
@@ -179,7 +198,7 @@ class GradientStoreWriter:
         for layer, names in self.layers.items():
             values = [raw[name] for name in names]
             basis[f"mean/{layer}"], basis[f"axes/{layer}"] = principal_components(values, self.settings["features"])
-        write_atomically(self.path / "basis.safetensors", lambda temporary: save_file(basis, temporary))
+        write_tensors(self.path / "basis.safetensors", basis)
         self._basis = basis
 
     def close(self) -> None:
@@ -207,12 +226,13 @@ class GradientStore:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.settings = _header(self.path)
+        self.settings = read_settings(self.path)
         self.layers: tuple[str, ...] = tuple(self.settings["layers"])
-        self._shards = _shards(self.path)
+        self._shards = shard_paths(self.path)
         if not self._shards:
             raise DataError(f"{self.path} holds no shard yet; the writer must fill one, or be closed")
-        self._counts = _check_shards(self.path, self._shards, self.settings["shard_size"])
+        self._counts, layout = check_shards(self.path, self._shards, self.settings["shard_size"])
+        self._attribute_names = sorted(_named(layout, "attributes/"))
         self.num_examples = sum(self._counts)
 
     def __len__(self) -> int:
@@ -223,16 +243,17 @@ class GradientStore:
 
         Args:
             layer: The layer.
-            rows: Ascending numbers of examples; None for all. Shard by shard, so that no more than these are held.
+            rows: Numbers of examples, from 0; None for all. Shard by shard, so that no more than these are held.
 
         Returns:
-            The features.
+            The features, in the order of ``rows``; ``DataError`` if there is no such row, or a tensor is not what
+            was written.
         """
         lookup("layer", layer, dict.fromkeys(self.layers))
         return self._read(f"features/{layer}", rows)
 
     def attribute(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
-        """Return one attribute (n, ...), likewise."""
+        """Return one attribute (n, ...) of the examples asked for, likewise."""
         lookup("attribute", name, dict.fromkeys(self._attribute_names))
         return self._read(f"attributes/{name}", rows)
 
@@ -241,23 +262,30 @@ class GradientStore:
         """Every attribute by name, (n, ...)."""
         return {name: self._read(f"attributes/{name}") for name in self._attribute_names}
 
-    @cached_property
-    def _attribute_names(self) -> list[str]:
-        with safe_open(self._shards[0], framework="pt") as shard:
-            names = [name.removeprefix("attributes/") for name in shard.keys() if name.startswith("attributes/")]  # noqa: SIM118
-        return sorted(names)
-
     def _read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
-        wanted = None if rows is None else torch.as_tensor(rows)
+        wanted, order = (None, None) if rows is None else self._checked(rows).sort(stable=True)
         parts, start = [], 0
         for path, count in zip(self._shards, self._counts, strict=True):
             inside = slice(None) if wanted is None else wanted[(wanted >= start) & (wanted < start + count)] - start
             start += count
             if wanted is not None and not len(inside):
                 continue
-            with safe_open(path, framework="pt") as shard:
-                parts.append(shard.get_tensor(name)[inside])
-        return torch.cat(parts)
+            parts.append(read_tensor(path, name)[inside])
+        found = torch.cat(parts)
+        return found if wanted is None or not (order.diff() < 0).any() else found[order.argsort()]
+
+    def _checked(self, rows: Sequence[int]) -> Tensor:
+        found = np.asarray(rows)
+        if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+            raise DataError(
+                f"rows must be one or more whole numbers of examples, got {rows!r:.80}; write a list, or None for all"
+            )
+        if (outside := found[(found < 0) | (found >= self.num_examples)]).size:
+            raise DataError(
+                f"{self.path} holds examples 0 to {self.num_examples - 1}, got row {outside[0]}; "
+                "count rows from the start"
+            )
+        return torch.from_numpy(found.astype(np.int64))
 
 
 def store_gradients(
@@ -302,45 +330,6 @@ def store_gradients(
         writer.append(gradient, {name: torch.as_tensor(value)[skip:] for name, value in attributes.items()})
         skip = 0
     writer.close()
-
-
-def _header(path: Path) -> dict:
-    try:
-        settings = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no gradient store: its store.json is missing or damaged ({error})") from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT or settings.get("version") != VERSION:
-        raise DataError(f"{path / 'store.json'} does not say format {FORMAT!r}, version {VERSION}")
-    return settings
-
-
-def _shards(path: Path) -> list[Path]:
-    return sorted(path.glob("shard-*.safetensors"))
-
-
-def _is_whole(shard: Path) -> bool:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return False
-
-
-def _check_shards(path: Path, shards: list[Path], shard_size: int) -> list[int]:
-    """Return the examples per shard; all but the last must be full."""
-    counts = []
-    for i, shard in enumerate(shards):
-        if shard.name != f"shard-{i:06d}.safetensors":
-            raise DataError(f"{path} lacks shard-{i:06d}.safetensors; delete the later ones to capture them again")
-        if not _is_whole(shard):
-            raise DataError(f"{shard} is truncated or damaged; delete it and the later ones and resume the writer")
-        with safe_open(shard, framework="pt") as file:
-            counts.append(int(file.metadata()["examples"]))
-        if i < len(shards) - 1 and counts[-1] != shard_size:
-            raise DataError(
-                f"{shard} holds {counts[-1]} examples, expected {shard_size}; delete it and the later ones"
-            )
-    return counts
 
 
 def _named(rows: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

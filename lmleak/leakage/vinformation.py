@@ -103,6 +103,12 @@ def v_information(
     is part of V. The estimate is low rather than high, and no bound for attackers: members fitted on few samples do
     worse than the best of V (``learning_curve``), and an attacker of a larger family may use more.
 
+    True V-information is at least 0: read a negative estimate as 0. Members chosen on few samples lose to the constant
+    on the test part, and the interval holds the fitted predictors fixed: it is of the attackers actually fitted, not
+    of the best of V. Measured with X independent of an attribute of K = 4 values, the linear family, in two settings
+    (the second p = 8): a mean of -0.054 and -0.037 nats at n = 40, the interval wholly below 0 in 15 and 17 % of
+    draws; -0.005 and -0.004 nats at n = 300; and wholly above 0 in none of 120 and 160 draws.
+
     Args:
         features: X (n, p), one row per released gradient.
         targets: Y: (n,) integers, booleans or strings for an attribute, (n, dx) values or (n, C, H, W) images for the

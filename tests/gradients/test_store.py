@@ -189,6 +189,82 @@ def test_wrong_rows_are_refused(tmp_path):
         writer.append(rows)
 
 
+def test_attributes_are_those_of_earlier_shards_too(tmp_path):
+    rows, attributes = gradients(4)
+    settings = {"layers": LAYERS, "features": 8, "shard_size": 4}
+    writer = GradientStoreWriter(tmp_path, **settings)
+    writer.append(rows, attributes)  # exactly a shard, so nothing is pending
+    for other in (writer, GradientStoreWriter(tmp_path, **settings)):
+        for wrong in ({"lable": attributes["label"]}, {}, {"label": attributes["label"][:, None]},
+                      {"label": attributes["label"].double()}):  # fmt: skip
+            with pytest.raises(DataError, match="earlier examples have"):
+                other.append(rows, wrong)
+    other.append(rows, attributes)
+    assert torch.equal(GradientStore(tmp_path).attribute("label"), attributes["label"].repeat(2))
+
+
+def test_rows_come_back_in_the_order_asked_for(tmp_path):
+    _, attributes = write(tmp_path)
+    store = GradientStore(tmp_path)
+    every = store.features("first")
+    for rows in ([9, 0, 5, 5, 2], torch.tensor([3, 1]), [0, 4, 9], list(range(9, -1, -1))):
+        assert torch.equal(store.features("first", rows), every[torch.as_tensor(rows)])
+        assert torch.equal(store.attribute("label", rows), attributes["label"][torch.as_tensor(rows)])
+
+
+@pytest.mark.parametrize("rows", [[10], [-1], [0, 99], [], [0.5], [True], [[0]], ["a"]])
+def test_rows_that_do_not_exist_are_refused(tmp_path, rows):
+    write(tmp_path)
+    with pytest.raises(DataError, match=r"holds examples 0 to 9|rows must be"):
+        GradientStore(tmp_path).features("first", rows)
+
+
+def test_flipped_bytes_are_refused_when_read(tmp_path):
+    write(tmp_path)
+    expected = GradientStore(tmp_path).features("first")
+    middle = tmp_path / "shard-000001.safetensors"
+    whole = middle.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    start, _ = header["features/first"]["data_offsets"]
+    for place in (
+        8 + length + start + 5,
+        whole.index(json.loads(header["__metadata__"]["digests"])["features/first"].encode()),
+    ):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        middle.write_bytes(flipped)
+        store = GradientStore(tmp_path)
+        with pytest.raises(DataError, match=r"shard-000001.*is damaged.*delete it and the later shards"):
+            store.features("first")
+        for rows in ([0, 1], [9]):  # other shards are whole
+            assert torch.equal(store.features("first", rows), expected[rows])
+    middle.write_bytes(whole)
+    assert torch.equal(GradientStore(tmp_path).features("first"), expected)
+
+
+def test_a_partial_shard_and_axes_are_verified_before_they_are_continued(tmp_path):
+    settings = {"layers": LAYERS, "features": 8, "shard_size": 4, "projection": "pca"}
+    write(tmp_path, projection="pca")
+    for name in ("shard-000002.safetensors", "basis.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(DataError, match=f"{name} is damaged"):
+            GradientStoreWriter(tmp_path, **settings)
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "basis.safetensors").unlink()
+    with pytest.raises(DataError, match="lacks basis"):
+        GradientStoreWriter(tmp_path, **settings)
+
+
+def test_stores_without_digests_are_refused_with_advice(tmp_path):
+    write(tmp_path)
+    settings = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps(settings | {"version": 1}))
+    with pytest.raises(DataError, match="choose another folder, or delete that one"):
+        GradientStore(tmp_path)
+
+
 def test_gradients_of_a_model_are_stored_and_resumed_by_number(tmp_path):
     adapter = adapt(LeNet(size=8, num_classes=3))
     generator = torch.Generator().manual_seed(0)
