@@ -23,6 +23,7 @@ from lmleak.leakage.families import (
     calibrate_values,
     image_regressors,
 )
+from lmleak.leakage.rows import checked_values
 from lmleak.lookup import lookup
 
 VALIDATION_PARTS = 4  # one part in four of what is not tested chooses and calibrates
@@ -34,7 +35,7 @@ class LatentTarget:
     """An attribute with K values, predicted as probabilities and judged by the log-loss in nats.
 
     Args:
-        labels: (n,) of any values.
+        labels: (n,) integers, booleans or strings.
 
     Raises:
         DataError: If there is one value only, or a value is too rare to be fitted and tested.
@@ -43,7 +44,8 @@ class LatentTarget:
     members, kind = CLASSIFIERS, "latent"
 
     def __init__(self, labels: NDArray):
-        self.names, self.values, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        names, self.values, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        self.names = names.tolist()  # plain values: messages print them
         if len(self.names) < 2:
             raise DataError(f"every sample has the attribute value {self.names[0]!r}; there is nothing to infer")
         if counts.min() < FEWEST_PER_CLASS:
@@ -118,9 +120,32 @@ Target = LatentTarget | OriginalTarget
 
 
 def make_target(targets: ArrayLike) -> Target:
-    """Return the target: an attribute for (n,) integers, booleans or strings, values for anything else."""
-    values = np.asarray(targets)
-    return LatentTarget(values) if values.ndim == 1 and values.dtype.kind in "biuUSO" else OriginalTarget(values)
+    """Return the target: an attribute for (n,) integers, booleans or strings, values for anything else.
+
+    Args:
+        targets: The values.
+
+    Returns:
+        The target.
+
+    Raises:
+        DataError: If they are (n,) whole numbers as floats, which may be meant as either; or cannot be used.
+    """
+    values = checked_values(targets)
+    if not values.size:
+        raise DataError(f"expected one target per sample, got none (shape {values.shape})")
+    if values.ndim == 1 and values.dtype.kind in "biuUS":
+        return LatentTarget(values)
+    if values.dtype.kind not in "biuf" or not values.ndim:
+        raise DataError(
+            f"expected targets (n,) of an attribute or (n, dx) numbers, got dtype {values.dtype}, shape {values.shape}"
+        )
+    if values.ndim == 1 and (values == np.round(values)).all():
+        raise DataError(
+            "got one whole number per sample, as floats: an attribute or a quantity? pass integers for an attribute "
+            "(.astype(int)), or shape (n, 1) for a quantity"
+        )
+    return OriginalTarget(values)
 
 
 @dataclass
@@ -172,8 +197,10 @@ class Folds:
     """
 
     def __init__(self, target: Target, count: int, seed: int, groups: Sequence[Hashable] | None = None):
-        if not 2 <= count <= len(target.values):
-            raise ConfigError(f"folds must be from 2 to the {len(target.values)} samples, got {count}")
+        if not isinstance(count, (int, np.integer)) or not 2 <= count <= len(target.values):
+            raise ConfigError(
+                f"folds must be a whole number from 2 to the {len(target.values)} samples, got {count!r}"
+            )
         self.target, self.seed = target, seed
         self.groups = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
         if groups is not None and len(groups) != len(target.values):
@@ -290,6 +317,8 @@ def feature_matrix(features: ArrayLike, count: int) -> NDArray:
     matrix = np.asarray(features)
     if matrix.ndim < 2 or len(matrix) != count or not matrix.size:
         raise DataError(f"expected features (n, p) with n = {count} rows as there are targets, got {matrix.shape}")
+    if matrix.dtype.kind not in "biuf":
+        raise DataError(f"expected features of real numbers, got dtype {matrix.dtype}")
     if not np.isfinite(matrix).all():
         raise DataError("the features hold NaN or Inf; expected finite numbers")
     return matrix.reshape(count, -1)

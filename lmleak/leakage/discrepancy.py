@@ -10,6 +10,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lmleak.errors import DataError
@@ -44,7 +45,7 @@ class KernelDiscrepancy:
 
 
 def mean_difference(
-    gradients: Tensor, labels: Sequence | np.ndarray | Tensor, *, permutations: int = 200, seed: int = 0
+    gradients: ArrayLike, labels: Sequence | np.ndarray | Tensor, *, permutations: int = 200, seed: int = 0
 ) -> MeanDifference:
     """Compare mean gradients by the pseudo-F ratio of Anderson (Austral Ecology 26, 2001).
 
@@ -86,7 +87,7 @@ def mean_difference(
 
 
 def kernel_discrepancy(
-    gradients: Tensor, labels: Sequence | np.ndarray | Tensor, *, permutations: int = 200, seed: int = 0
+    gradients: ArrayLike, labels: Sequence | np.ndarray | Tensor, *, permutations: int = 200, seed: int = 0
 ) -> KernelDiscrepancy:
     """Compare the distributions of gradients by the maximum mean discrepancy (Gretton et al., JMLR 13, 2012, eq. 3).
 

@@ -11,6 +11,7 @@ from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.cross_fitting import feature_matrix, make_target
 from lmleak.leakage.families import RIDGE_STRENGTHS
 from lmleak.leakage.permutation import PermutationTest, tested_against
+from lmleak.leakage.rows import checked_values
 
 TESTED_COORDINATES = 16  # principal components of an input that the test predicts; labels do not enter their choice
 COLUMNS = 2**13  # target columns of shuffles that are solved at once
@@ -53,9 +54,11 @@ def independence_test(
         ConfigError: If there are too few shuffles or folds.
         DataError: If targets differ within a group, or there are fewer groups than folds.
     """
-    if permutations < 2 or folds < 2:
-        raise ConfigError(f"expected permutations >= 2 and folds >= 2, got {permutations} and {folds}")
-    values = np.asarray(targets)
+    if not all(isinstance(count, (int, np.integer)) and count >= 2 for count in (permutations, folds)):
+        raise ConfigError(
+            f"expected whole numbers permutations >= 2 and folds >= 2, got {permutations!r} and {folds!r}"
+        )
+    values = checked_values(targets)
     x = feature_matrix(features, len(values)).astype(np.float64)
     _, first, of_sample = np.unique(
         np.arange(len(values)) if groups is None else np.asarray(groups), return_index=True, return_inverse=True

@@ -57,8 +57,8 @@ def permutation_p_value(
         ConfigError: If ``permutations`` is less than 2.
         DataError: If there are fewer than two labels, or the statistic is not finite.
     """
-    if permutations < 2:
-        raise ConfigError(f"the deviation of the null needs permutations >= 2, got {permutations}; write 200")
+    if not isinstance(permutations, (int, np.integer)) or permutations < 2:
+        raise ConfigError(f"the deviation of the null needs permutations >= 2, got {permutations!r}; write 200")
     if not isinstance(labels, Tensor):
         labels = np.asarray(labels)
     size = len(labels)

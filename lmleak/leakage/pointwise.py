@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmleak.errors import DataError
+from lmleak.leakage.rows import checked_values
 from lmleak.leakage.vinformation import VInformation
 
 
@@ -46,7 +47,7 @@ def pointwise_by_class(
     Raises:
         DataError: If there is not one class per sample.
     """
-    labels = np.asarray(classes)
+    labels = checked_values(classes)
     if labels.shape != information.pointwise.shape:
         raise DataError(f"expected one class per sample, {information.num_samples} of them, got {labels.shape}")
     generator = np.random.default_rng(seed)

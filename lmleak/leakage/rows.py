@@ -4,11 +4,57 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lmleak.errors import DataError
 
 COLUMNS = 2**16  # parameters read at once when gradients are replaced by coordinates
+
+
+def checked_values(values: ArrayLike) -> NDArray:
+    """Return targets or labels as an array; what is one value per row is all of one kind.
+
+    Args:
+        values: (n,) numbers, booleans or strings, or (n, ...) numbers: a sequence, an array or a tensor.
+
+    Returns:
+        The array.
+
+    Raises:
+        DataError: If values are missing (None, NaN), of several kinds (numpy would turn 1 into "1"), or rows of
+            different lengths.
+    """
+    try:
+        found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"expected rows of equal length, got {str(error)[:200]}") from error
+    if found.ndim != 1:
+        return found
+    if isinstance(values, (list, tuple)) or found.dtype == object:
+        kinds = {_kind(value) for value in values}
+        if not (len(kinds) == 1 or kinds <= {"number", "bool"}) or not kinds <= {"number", "bool", "str", "bytes"}:
+            raise DataError(
+                f"values are of the kinds {', '.join(sorted(kinds))}; expected one: pass all integers, all booleans "
+                "or all strings, and leave out samples without a value"
+            )
+        if found.dtype == object:
+            found = np.array(found.tolist())
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise DataError("values hold NaN or Inf; expected finite numbers: leave out samples without a value")
+    return found
+
+
+def _kind(value: object) -> str:
+    for kind, types in (
+        ("bool", (bool, np.bool_)),
+        ("number", (int, float, np.number)),
+        ("str", str),
+        ("bytes", bytes),
+    ):
+        if isinstance(value, types):
+            return kind
+    return "number" if isinstance(value, Tensor) and value.ndim == 0 else type(value).__name__
 
 
 def attribute_codes(labels: Sequence | np.ndarray | Tensor, size: int) -> tuple[list, Tensor]:
@@ -25,7 +71,7 @@ def attribute_codes(labels: Sequence | np.ndarray | Tensor, size: int) -> tuple[
         DataError: If the number of labels is not that of the gradients, or there are fewer than two values, or a
             value has one example only.
     """
-    labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    labels = checked_values(labels)
     if labels.shape != (size,):
         raise DataError(f"expected one attribute value per gradient, ({size},), got labels of shape {labels.shape}")
     values, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -37,7 +83,27 @@ def attribute_codes(labels: Sequence | np.ndarray | Tensor, size: int) -> tuple[
     return values.tolist(), torch.from_numpy(codes.reshape(-1).astype(np.int64))
 
 
-def coordinates(gradients: Tensor) -> Tensor:
+def gradient_tensor(gradients: ArrayLike) -> Tensor:
+    """Return gradients as a tensor without history.
+
+    Args:
+        gradients: Tensor or array of numbers.
+
+    Returns:
+        The tensor, of the same memory where possible.
+
+    Raises:
+        DataError: If they are no numbers, or rows of different lengths.
+    """
+    if isinstance(gradients, Tensor):
+        return gradients.detach()
+    try:
+        return torch.as_tensor(np.asarray(gradients))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"expected gradients (n, p) or (n, out, in), a tensor or an array; got {error}") from error
+
+
+def coordinates(gradients: ArrayLike) -> Tensor:
     """Return rows with the inner products of the gradients and at most n columns.
 
     G^T = Q R with orthonormal Q (p, n) gives G G^T = R^T R: R^T (n, n) serves in place of G, with angles as accurate
@@ -45,7 +111,7 @@ def coordinates(gradients: Tensor) -> Tensor:
     parameters, so that G may be a memory-mapped or half-precision tensor.
 
     Args:
-        gradients: (n, p) or (n, ...).
+        gradients: (n, p) or (n, ...), a tensor or an array.
 
     Returns:
         (n, min(n, p)) float64 on the CPU; the flattened gradients themselves if p <= n.
@@ -53,9 +119,10 @@ def coordinates(gradients: Tensor) -> Tensor:
     Raises:
         DataError: If there is no gradient to read.
     """
+    gradients = gradient_tensor(gradients)
     if gradients.ndim < 2 or gradients.numel() == 0:
         raise DataError(f"expected gradients (n, p) or (n, out, in), got shape {tuple(gradients.shape)}")
-    flat = gradients.detach().flatten(1)
+    flat = gradients.flatten(1)
     if flat.shape[1] <= len(flat):
         return finite(flat.double()).cpu()
     triangle = flat.new_zeros(0, len(flat), dtype=torch.float64)

@@ -17,11 +17,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.permutation import PermutationTest, permutation_p_value
-from lmleak.leakage.rows import attribute_codes, coordinates, finite, less_mean, unit_rows
+from lmleak.leakage.rows import attribute_codes, coordinates, finite, gradient_tensor, less_mean, unit_rows
 from lmleak.lookup import lookup
 
 ENERGY = 0.95
@@ -85,7 +86,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 def sample_subspace_distance(
-    gradients: Tensor,
+    gradients: ArrayLike,
     labels: Sequence | np.ndarray | Tensor,
     *,
     k: int | float = ENERGY,
@@ -106,7 +107,7 @@ def sample_subspace_distance(
     largest, so the null is far from zero and wide: look at z, not at the distance.
 
     Args:
-        gradients: Released gradients of one layer, (n, p) or (n, out, in, ...), one row per example.
+        gradients: Released gradients of one layer, (n, p) or (n, out, in, ...), one row per example; tensor or array.
         labels: Value of the attribute per row, (n,); two values or more.
         k: Dimensions, or a share of energy (a float in (0, 1]): the fewest with which every value's subspace keeps
             that share of ||M_a||_F^2. Either is cut to the smallest rank.
@@ -130,7 +131,7 @@ def sample_subspace_distance(
 
 
 def weight_subspace_distance(
-    gradients: Tensor,
+    gradients: ArrayLike,
     labels: Sequence | np.ndarray | Tensor,
     *,
     k: int | float = ENERGY,
@@ -162,6 +163,7 @@ def weight_subspace_distance(
         DataError: If the gradients are not matrices.
         ConfigError: If ``side`` is unknown.
     """
+    gradients = gradient_tensor(gradients)
     if gradients.ndim < 3:
         raise DataError(
             f"a weight-matrix subspace needs gradients (n, out, in), got {tuple(gradients.shape)}; "
@@ -170,7 +172,7 @@ def weight_subspace_distance(
     if side not in ("columns", "rows"):
         raise ConfigError(f"side must be 'columns' or 'rows', got {side!r}")
     values, codes = attribute_codes(labels, len(gradients))
-    matrices = gradients.detach().flatten(2)
+    matrices = gradients.flatten(2)
     flat = finite(matrices.flatten(1).double()).cpu()
     if unit_norm:
         flat = unit_rows(flat)
@@ -183,7 +185,7 @@ def weight_subspace_distance(
 
 
 def subspace_sweep(
-    gradients: Tensor, labels: Sequence | np.ndarray | Tensor, ks: Sequence[int | float], **options
+    gradients: ArrayLike, labels: Sequence | np.ndarray | Tensor, ks: Sequence[int | float], **options
 ) -> dict[int | float, SubspaceDistance]:
     """Return :func:`sample_subspace_distance` for several k on the same gradients and shuffles.
 
@@ -221,6 +223,7 @@ def _dimensions(bases: list[tuple[Tensor, Tensor]], k: int | float) -> int:
 
 def _distance(bases, values: list, codes: Tensor, k, distance: str, permutations: int, seed: int) -> SubspaceDistance:
     formula = lookup("distance", distance, DISTANCES)
+    k = k.item() if isinstance(k, np.number) else k
     if isinstance(k, bool) or not (k >= 1 if isinstance(k, int) else 0 < k <= 1):
         raise ConfigError(f"k must be a number of dimensions (int >= 1) or a share of energy in (0.0, 1.0], got {k!r}")
     used, angles = _angles(bases(codes), k)

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.leakage.cross_fitting import Chosen, Folds, Target, feature_matrix, make_target
+from lmleak.leakage.rows import checked_values
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def v_information(
     Args:
         features: X (n, p), one row per released gradient.
         targets: Y: (n,) integers, booleans or strings for an attribute, (n, dx) values or (n, C, H, W) images for the
-            input.
+            input; (n,) real numbers are one coordinate, and refused where all are whole.
         family: "constant", "linear", "forest", "mlp", "deep-mlp" or, for images, "conv-decoder"
             (``families.FAMILIES``).
         groups: (n,) the group of each sample (author, image of origin), if samples of one group resemble each other:
@@ -168,8 +169,10 @@ def information_between(
     Raises:
         ConfigError: If the confidence or the number of resamples cannot be right.
     """
-    if not 0 < confidence < 1 or resamples < 1:
-        raise ConfigError(f"expected 0 < confidence < 1 and resamples >= 1, got {confidence!r} and {resamples!r}")
+    if not 0 < confidence < 1 or not isinstance(resamples, (int, np.integer)) or resamples < 1:
+        raise ConfigError(
+            f"expected 0 < confidence < 1 and a whole number resamples >= 1, got {confidence!r} and {resamples!r}"
+        )
     weights = _bootstrap_weights(len(without.loss), groups, resamples, seed)
     ends = ((1 - confidence) / 2, (1 + confidence) / 2)
     if target.kind == "latent":
@@ -232,9 +235,12 @@ def learning_curve(
         Size -> information.
 
     Raises:
+        ConfigError: If there are no sizes, or one is no whole number of samples.
         DataError: If a size is larger than the number of samples.
     """
-    values = np.asarray(targets)
+    if not len(sizes) or not all(isinstance(size, (int, np.integer)) and size >= 1 for size in sizes):
+        raise ConfigError(f"sizes must be one or more numbers of samples, got {sizes!r:.80}; write [100, 200]")
+    values = checked_values(targets)
     matrix = feature_matrix(features, len(values))
     order = np.random.default_rng(seed).permutation(len(values))
     if max(sizes) > len(values):

@@ -8,7 +8,13 @@ import scipy.linalg
 import torch
 
 from lmleak.errors import ConfigError, DataError
-from lmleak.leakage import principal_angles, sample_subspace_distance, subspace_sweep, weight_subspace_distance
+from lmleak.leakage import (
+    mean_difference,
+    principal_angles,
+    sample_subspace_distance,
+    subspace_sweep,
+    weight_subspace_distance,
+)
 from lmleak.leakage.rows import coordinates
 
 FEW = {"permutations": 2}
@@ -256,3 +262,22 @@ class TestRefusals:
     def test_unknown_side(self):
         with pytest.raises(ConfigError, match="columns"):
             weight_subspace_distance(self.rows.reshape(8, 4, 5), self.labels, side="left")
+
+
+def test_arrays_are_taken_like_tensors_and_bad_labels_are_refused():
+    gradients = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(0))
+    labels = np.arange(12) % 2
+    options = {"k": np.int64(2), "permutations": 5}
+    for distance in (sample_subspace_distance, weight_subspace_distance):
+        assert distance(gradients.numpy(), labels, **options) == distance(gradients, labels, **options)
+        with pytest.raises(DataError, match="NoneType"):
+            distance(gradients, [0, 1] * 5 + [None, 1], **options)
+        with pytest.raises(DataError, match="NaN or Inf"):
+            distance(gradients, np.where(labels, np.nan, 0.0), **options)
+        with pytest.raises(ConfigError, match="permutations"):
+            distance(gradients, labels, k=2, permutations=2.5)
+    assert mean_difference(gradients.numpy(), labels, permutations=5) == mean_difference(
+        gradients, labels, permutations=5
+    )
+    with pytest.raises(DataError, match="a tensor or an array"):
+        sample_subspace_distance(np.full((12, 3), "a"), labels, **options)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -193,6 +194,9 @@ def test_learning_curve_rises_towards_the_closed_form():
     assert abs(curve[800].nats - exact) < abs(curve[40].nats - exact)
     with pytest.raises(DataError, match="no point at 801"):
         learning_curve(x, y, [801])
+    for sizes in ([], [0], [-1], [50.5]):
+        with pytest.raises(ConfigError, match="one or more numbers of samples"):
+            learning_curve(x, y, sizes)
 
 
 def test_seeds_decide_everything_and_nothing_global_is_drawn():
@@ -234,18 +238,49 @@ def test_calibration_cannot_do_worse_than_ignoring_the_features_where_it_is_fitt
         (np.zeros((20, 2)), np.zeros(20, int), {}, "nothing to infer"),
         (np.zeros((20, 2)), np.arange(20) == 0, {}, "1 sample"),
         (np.zeros((20, 2)), np.zeros((20, 3)), {}, "nothing to reconstruct"),
-        (np.zeros((5, 2)), np.arange(5.0), {}, "5 inputs"),
+        (np.zeros((5, 2)), np.linspace(0, 1, 5), {}, "5 inputs"),
         (np.zeros((19, 2)), np.arange(20) % 2, {}, "n = 20 rows"),
         (np.full((20, 2), np.nan), np.arange(20) % 2, {}, "NaN or Inf"),
         (np.zeros((20, 2)), np.full(20, np.inf), {}, "NaN or Inf"),
         (np.zeros((20, 2)), np.arange(20) % 2, {"folds": 1}, "folds must be"),
         (np.zeros((20, 2)), np.arange(20) % 2, {"family": "forrest"}, "forest"),
         (np.zeros((20, 2)), np.arange(20) % 2, {"confidence": 95}, "confidence"),
+        (np.zeros((20, 2)), np.arange(20) % 2, {"resamples": 10.5}, "whole number resamples"),
+        (np.zeros((20, 2)), np.arange(20) % 2, {"folds": 2.5}, r"whole number from 2 to the 20 samples, got 2\.5"),
+        (np.full((20, 2), "a"), np.arange(20) % 2, {}, "real numbers"),
+        (np.zeros((20, 2)), [0, 1] * 9 + [None, 1], {}, "NoneType, number; expected one"),
+        (np.zeros((20, 2)), [0, "1"] * 10, {}, "number, str; expected one"),
+        (np.zeros((20, 2)), np.array([0, "1"] * 10, dtype=object), {}, "number, str; expected one"),
+        (np.zeros((20, 2)), [[0, 1]] * 19 + [[0]], {}, "equal length"),
+        (np.zeros((20, 2)), [["a"]] * 20, {}, "dtype <U1"),
+        (np.zeros((20, 2)), [0.0, 1.0] * 9 + [np.nan, 1.0], {}, "leave out samples without a value"),
+        (np.zeros((20, 2)), [0.0, 1.0] * 10, {}, r"pass integers for an attribute .* or shape \(n, 1\)"),
+        (np.zeros((20, 2)), torch.tensor([0.0, 1.0] * 10), {}, "pass integers for an attribute"),
+        (np.zeros((20, 2)), np.array(["x"] * 20), {}, "value 'x'; there"),
+        (np.zeros((20, 2)), np.arange(20) // 18, {}, "^attribute value 1 has 2"),
+        (np.zeros((20, 2)), [], {}, "one target per sample, got none"),
     ],
 )
 def test_what_cannot_be_used_is_refused(features, targets, options, message):
     with pytest.raises((ConfigError, DataError), match=message):
         v_information(features, targets, **options)
+
+
+def test_whole_numbers_are_a_quantity_with_a_second_axis_and_an_attribute_as_integers():
+    x, y, _ = two_gaussians(100, 3.0)
+    assert v_information(x, y.astype(float)[:, None], folds=2).target == "original"
+    assert v_information(x, y + 0.5, folds=2).target == "original"
+    latent = v_information(x, y, folds=2)
+    for same in (list(y), [bool(v) for v in y], y.astype(object), torch.from_numpy(y)):
+        assert v_information(x, same, folds=2).nats == latent.nats
+
+
+def test_few_independent_samples_give_negative_numbers_and_never_more_than_chance():
+    generator = np.random.default_rng(0)
+    y = np.arange(40) % 4
+    found = [v_information(generator.standard_normal((40, 8)), y, seed=seed) for seed in range(8)]
+    assert -0.15 < np.mean([f.nats for f in found]) <= 0
+    assert max(f.low for f in found) <= 0
 
 
 def test_features_without_variance_have_no_information():
