@@ -35,7 +35,7 @@ class CaptureSettings:
     features: int = 256
     """Features kept per layer."""
     projection: str = "random"
-    """"random" or "pca" (of the first shard)."""
+    """"random" or "pca" (of the first shard: fitted without attributes, but on gradients that are tested on later)."""
     seed: int = 0
     """Seed of projection, companions, noise and dropout masks."""
 

@@ -74,7 +74,7 @@ class LayersConfig:
     features: int = 256
     """Features kept of each layer's gradient; they are part of the predictive family."""
     projection: Literal["random", "pca"] = "random"
-    """How they are made."""
+    """How they are made; pca is fitted on the first shard, without attributes, and its gradients are tested on too."""
     folds: int = 5
     """Parts of the cross-fitting."""
     permutations: int = 100
