@@ -21,8 +21,8 @@ from lmleak.gradients.readout_rank import TINY, Released, machine_epsilon, row_s
 ACCEPTED = 8.0
 """Multiple of the expected rounding up to which an input counts as one of the batch.
 
-Measured on a tiny GPT-2 in float32 (rank 14, three texts, three steps of training): inputs of the batch at up to 3.1, on
-one kind of processor and below 2 on another, the last tokens, which are outside the span, at 446 and more.
+Measured on a tiny GPT-2 in float32 (rank 14, three texts, three steps of training): inputs of the batch at up to 3.1
+on one kind of processor and below 2 on another; the last tokens, which are outside the span, at 446 and more.
 """
 FORWARD = 40.0
 """Machine epsilons by which two forward passes over the same tokens may differ, relative to an input's norm."""
