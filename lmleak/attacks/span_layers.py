@@ -45,7 +45,7 @@ def forward(adapter, ids: Tensor, cache: DynamicCache | None = None, *, stop_at:
 
     past = cache.get_seq_length() if cache is not None else 0
     mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=adapter.device)
-    caching = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+    caching = {} if cache is None else {cache_argument(adapter.model): cache, "use_cache": True}
     keep_precision = KeepDouble() if adapter.dtype == torch.float64 else nullcontext()
     handle = None
     if stop_at is not None:
@@ -61,6 +61,15 @@ def forward(adapter, ids: Tensor, cache: DynamicCache | None = None, *, stop_at:
     if stop_at is not None:
         raise UnsupportedModelError(f"a forward pass of {adapter.name} never reached {stop_at!r}")
     return None
+
+
+def cache_argument(model) -> str | None:
+    """Return how a model calls the keys and values of earlier tokens; None if it takes none.
+
+    "cache" since transformers 5.24, "past_key_values" before.
+    """
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def linear_groups(adapter, prefix: str = "") -> list[tuple[str, ...]]:
@@ -211,7 +220,7 @@ class PrefixModel:
 
     def __init__(self, adapter, path: str, *, cached: bool = True):
         self.adapter, self.path = adapter, path
-        self.cached = cached and "past_key_values" in inspect.signature(adapter.model.forward).parameters
+        self.cached = cached and cache_argument(adapter.model) is not None
         if self.cached:
             self.cached = self._cache_agrees()
 
