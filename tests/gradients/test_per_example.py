@@ -65,10 +65,13 @@ def images(model, size=8, side=28, dtype=torch.float32):
 
 def test_lenet_equals_a_loop_and_its_mean_is_the_gradient_of_the_batch():
     adapter, batch = images(LeNet(size=28))
+    # The class that the network favours least: near the favoured one, 1 - p cancels, and two float32 passes, each 2e-6
+    # away from float64, are 3e-6 from each other on some processors.
+    labels = adapter.logits(adapter.input(batch)).argmin(-1)
+    batch = adapter.batch(batch.inputs["pixel_values"], labels)
     found = per_example_gradients(adapter, batch, shared="all")
     assert found.method == "vmap"
-    # 1e-6 on most processors; on one kind, sums of float32 in another order differ by 2.7e-6.
-    assert relative_error(adapter, batch, found, "all") < 5e-6
+    assert relative_error(adapter, batch, found, "all") < 1e-6
     whole = capture_gradient(adapter, batch, shared="all").gradient
     for name, value in whole.items():
         torch.testing.assert_close(found.gradient[name].mean(0), value, rtol=1e-4, atol=1e-6)
