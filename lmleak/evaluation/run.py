@@ -38,7 +38,9 @@ def process_state(expected: int | None = None) -> PartialState:
     Raises:
         ConfigError: If another number of processes is really running.
     """
+    threads = torch.get_num_threads()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    torch.set_num_threads(threads)  # accelerate sets another number among several processes: other last bits
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = launched if expected is None else expected
     if state.num_processes != wanted:

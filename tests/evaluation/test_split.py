@@ -1,6 +1,6 @@
 """One example over two processes: probes and restarts are split, and the numbers are those of one process."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,12 +36,6 @@ def everything(state: PartialState) -> dict:
     }
 
 
-def numbers(result) -> list[float]:
-    """All numbers of a result, however deep."""
-    flat = lambda value: [n for part in value for n in flat(part)] if isinstance(value, tuple) else [value]
-    return [float(n) for n in flat(astuple(result))]
-
-
 def in_two(path: str) -> None:
     torch.set_num_threads(1)
     PartialState._reset_state()
@@ -60,17 +54,12 @@ def test_two_processes_give_the_numbers_of_one(alone, tmp_path):
     debug_launcher(in_two, (str(tmp_path / "found"),), num_processes=2)
     for process in range(2):
         found = torch.load(tmp_path / f"found-{process}", weights_only=False)
-        # Bit for bit on most machines; a forked process may run other kernels than its parent.
-        assert numbers(found["average"]) == pytest.approx(numbers(alone["average"]), rel=1e-6)
-        assert found["layers"].keys() == alone["layers"].keys()
-        for layer, share in found["layers"].items():
-            assert numbers(share) == pytest.approx(numbers(alone["layers"][layer]), rel=1e-6)
+        assert found["average"] == alone["average"]  # bit for bit
+        assert found["layers"] == alone["layers"]
         assert found["products"] == alone["products"] == 5 * 12
         ours, theirs = found["recovered"], alone["recovered"]
-        assert (ours.token_ids, ours.texts, ours.stopped) == (theirs.token_ids, theirs.texts, theirs.stopped)
-        assert ours.objective == pytest.approx(theirs.objective, rel=1e-6)
-        for a, b in zip(ours.embeddings, theirs.embeddings, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert all(torch.equal(a, b) for a, b in zip(ours.embeddings, theirs.embeddings, strict=True))
+        assert replace(ours, embeddings=None) == replace(theirs, embeddings=None)
 
 
 def test_split_numbers_are_those_of_the_plain_functions(alone):
