@@ -32,13 +32,16 @@ class ResultFolder:
     ):
         self.path, self.config, self.identity, self.resume = Path(path), config, identity or {}, resume
         self.shards = self.path / "shards"
+        self.opened = False
 
     def open(self) -> None:
-        """Check and prepare the folder; on one process only.
+        """Check and prepare the folder; on one process only. Again, it does nothing: what is there by then is ours.
 
         Raises:
             ConfigError: If the folder holds results of a different configuration, or anything that is not ours.
         """
+        if self.opened:
+            return
         saved, identified = self.path / "config.yaml", self.path / "identity.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; output= must name a folder")
@@ -63,6 +66,7 @@ class ResultFolder:
             _drop_torn_line(shard)
         write_text_atomically(identified, yaml.safe_dump(self.identity, sort_keys=False))
         write_text_atomically(saved, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        self.opened = True
 
     def finished(self) -> dict[int, list[dict]]:
         """Return the rows of every finished item by item number."""

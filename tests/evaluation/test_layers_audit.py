@@ -55,7 +55,8 @@ main(sys.argv[2:])
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit") / "out"
-    return run_layers(parse_config(LayersConfig, [*IMAGES, "--output", str(folder)]), command="lmleak layers ...")
+    argv = [*IMAGES, "--no-resume", "--output", str(folder)]  # which a folder that the run made itself does not refuse
+    return run_layers(parse_config(LayersConfig, argv), command="lmleak layers ...")
 
 
 def test_rows_orders_and_circumstances_are_written(finished):
@@ -177,6 +178,8 @@ def test_a_folder_of_other_results_is_refused(finished, capsys):
     before = (finished.folder / "results.jsonl").read_bytes()
     assert main(["layers", *IMAGES, "--seed", "1", "--output", str(finished.folder)]) == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
+    assert main(["layers", *IMAGES, "--no-resume", "--output", str(finished.folder)]) == 2
+    assert "holds results already" in capsys.readouterr().err
     assert (finished.folder / "results.jsonl").read_bytes() == before
 
 

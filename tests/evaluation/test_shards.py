@@ -91,6 +91,15 @@ def test_resume_can_be_forbidden(tmp_path):
         ResultFolder(tmp_path / "out", {"seed": 0}, resume=False).open()
 
 
+def test_a_folder_opened_twice_does_not_refuse_itself(tmp_path):
+    """As an audit of layers does, which writes gradients into it before there are rows."""
+    run = ResultFolder(tmp_path / "out", {"seed": 0}, resume=False)
+    run.open()
+    run.append(0, 0, [row(0)])
+    run.open()
+    assert list(run.finished()) == [0]
+
+
 def test_damaged_middle_line_is_named(tmp_path):
     run = folder(tmp_path / "out")
     run.append(0, 0, [])
