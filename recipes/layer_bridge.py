@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from image_study_parts import LocalAttacker
-from image_tables import grid, publish
+from image_tables import as_csv, grid, publish
 from layer_cases import (
     LayerStudyConfig,
     Prepared,
@@ -50,6 +50,7 @@ from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.layers import Row
+from lmleak.files import write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian
 from lmleak.influence.layers import influence_of_layers
@@ -59,6 +60,10 @@ from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, VERMILION, house_s
 GROUPS = ("subspace", "mean-difference", "latent", "original")
 SIDES = ("only", "without")
 RESAMPLES = 1000
+UNPUBLISHED = (  # columns of an attack that no image or layer changes, and the order of the rows
+    "key", "group", "place", "dropout", "defense", "batch_size", "local_steps", "noise_multiplier", "model_loss",
+    "model_accuracy",
+)  # fmt: skip
 TOLERANCE = 1e-6  # of the predictions' solves; dx products end them exactly
 
 
@@ -211,6 +216,12 @@ def layer_entries(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def image_entries(rows: Sequence[Row]) -> list[Row]:
+    """Return one line per case, layer and image: what was predicted, and what the attacks left."""
+    kept = lambda name: name not in UNPUBLISHED and not name.endswith("_stopped")
+    return [{name: value for name, value in r.items() if kept(name)} for r in rows if r["group"] == "attack"]
+
+
 def figure(entries: Sequence[Row]) -> Figure:
     """Draw the correlations: metrics downwards, one panel per attack, one colour per case."""
     metrics = list(dict.fromkeys(e["metric"] for e in entries))
@@ -256,6 +267,7 @@ def main(argv: list[str]) -> None:
     folder = study_folder(config, cases)
     rows = run_items(items, work, folder, state, label="attacking layers")
     if state.is_main_process:
+        write_text_atomically(folder.path / "layer_bridge_images.csv", as_csv(image_entries(rows)))
         publish(folder.path, "layer_bridge_layers", layer_entries(rows))
         publish(folder.path, "layer_bridge", correlations(rows, config.seed), figure)
     finish(state)

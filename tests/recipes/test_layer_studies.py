@@ -199,6 +199,9 @@ def test_bridge_of_a_tiny_network(recipe, tmp_path):
         if row["without_undetermined"] < 1e-6:
             assert row["without_truth"] == pytest.approx(row["without_map"], rel=0.2)
     assert {line["attack"] for line in table} == {"only", "without"}
+    images = (tmp_path / "out" / "layer_bridge_images.csv").read_text().splitlines()
+    published = (ROOT / "recipes" / "results" / "layer_bridge_images-digits.csv").read_text().splitlines()
+    assert (images[0], len(images)) == (published[0], 1 + len(attacked))
 
 
 @pytest.mark.slow
