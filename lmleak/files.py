@@ -2,9 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lmleak.errors import ConfigError
 
@@ -39,6 +43,36 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
 def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
     """Write a text file in UTF-8 by :func:`write_atomically`."""
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes_atomically(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a file, a picture for one, by :func:`write_atomically`."""
+    return write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_tensors_atomically(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file by :func:`write_atomically`.
+
+    Args:
+        path: Where the file goes. A place that cannot be written is refused as ``ConfigError``.
+        tensors: By name; they are copied to the CPU.
+        metadata: Entries of the header. Several are written in random order, so that two files of the same content
+            may differ in their bytes.
+
+    Returns:
+        The path.
+    """
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(content, temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
+
+    return write_atomically(path, write)
 
 
 def refuse_unwritable(path: str | os.PathLike, option: str) -> None:

@@ -39,7 +39,7 @@ from lmleak.evaluation import (
 from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, gradient_seconds, model_of, seeded_batch
 from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, example_settings, identity, make_items
 from lmleak.evaluation.model import ModelConfig
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.comparison import compare, comparison_csv, comparison_figure, comparison_table, refusal_lines
 from lmleak.report.drawing import encode
 
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
         entries = compare(rows, seed=config.seed)
         write_text_atomically(folder.path / "attack_comparison.csv", comparison_csv(entries))
         image = encode(comparison_figure(entries), "png")
-        write_atomically(folder.path / "attack_comparison.png", lambda path: path.write_bytes(image))
+        write_bytes_atomically(folder.path / "attack_comparison.png", image)
         Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(entries))
         print(*refusal_lines(entries), sep="\n")
         print(f"table and figure: {folder.path}")

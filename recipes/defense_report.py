@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from lmleak.defenses.privacy import epsilon
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.metrics.agreement import bootstrap_mean, paired_bootstrap
 from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
 
@@ -202,4 +202,4 @@ def figure(entries: Sequence[Entry], path: Path) -> None:
         axes.set_ylim(-0.04, 1.06)
         axes.grid(color="#E4E7EB", linewidth=0.8)
         drawing.legend(loc="outside right upper")
-    write_atomically(path, lambda temporary: temporary.write_bytes(encode(drawing, "png")))
+    write_bytes_atomically(path, encode(drawing, "png"))

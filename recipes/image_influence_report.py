@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
 
 LOCAL = {"local": "local_rmse", "local-map": "local_map_rmse"}  # attackers who start at the truth: their field
@@ -250,5 +250,5 @@ def write_results(
     figures = {"image_influence": error_figure(rows, linear_below), "image_influence_damping": damping_figure(rows)}
     for name, figure in figures.items():
         image = encode(figure, "png")
-        write_atomically(folder / f"{name}.png", lambda path, image=image: path.write_bytes(image))
+        write_bytes_atomically(folder / f"{name}.png", image)
     return [regime_table(entries, linear_below, tolerance), damping_table(middle)]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lmleak.evaluation.image_attack import images_of
-from lmleak.files import write_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.metrics.agreement import bootstrap_mean
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, encode, house_style
 from lmleak.report.image_grid import image_grid
@@ -167,4 +167,4 @@ def write_results(rows: Sequence[dict], originals: Mapping[str, Tensor], folder:
     for what, strength in levels_of(rows):
         image = in_few_colours(encode(picture(rows, originals, what, strength), "png"))
         name = f"image_prior-{release(what, strength).replace(' ', '-')}.png"
-        write_atomically(folder / name, lambda path, image=image: path.write_bytes(image))
+        write_bytes_atomically(folder / name, image)

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.drawing import encode
 
 Entry = Mapping[str, object]
@@ -67,7 +67,7 @@ def publish(
     write_text_atomically(folder / f"{name}.csv", as_csv(entries))
     write_text_atomically(folder / f"{name}.md", as_markdown(entries))
     if image is not None:
-        write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(image))
+        write_bytes_atomically(folder / f"{name}.png", image)
     table = Table(*(column.replace("_", " ") for column in entries[0]))
     for entry in entries:
         table.add_row(*map(cell, entry.values()))

@@ -38,7 +38,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, eigen_directions
 from lmleak.lookup import lookup
@@ -131,7 +131,7 @@ def write_results(config: InitializationConfig, rows: list[dict], folder, mnist:
     )
     write_text_atomically(folder / "tables.md", text)
     image = encode(initialization_figure(rows), "png")
-    write_atomically(folder / "initialization.png", lambda path: path.write_bytes(image))
+    write_bytes_atomically(folder / "initialization.png", image)
     print(f"{text}\ntables and figure: {folder}")
 
 

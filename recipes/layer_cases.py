@@ -23,7 +23,7 @@ from layer_models import (
     train_privately,
 )
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lmleak.adapters import ModelAdapter
@@ -36,7 +36,7 @@ from lmleak.evaluation.layers import ALL, LayerAnalysis, LayerSettings, Measure,
 from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
 from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
 from lmleak.evaluation.shards import ResultFolder
-from lmleak.files import write_atomically
+from lmleak.files import write_tensors_atomically
 from lmleak.lookup import lookup
 from lmleak.types import SINGLE_STEP, Aggregation
 
@@ -175,7 +175,7 @@ def trained(config: LayerStudyConfig, case: Case) -> nn.Module:
         train_privately(public, network, clip=case.private[0], noise_multiplier=case.private[1], **options)
     else:
         train(case.model, public, network, **options)
-    write_atomically(file, lambda path: save_file(network.state_dict(), path))
+    write_tensors_atomically(file, network.state_dict())
     return network
 
 

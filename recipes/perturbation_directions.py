@@ -40,7 +40,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, eigen_directions
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> None:
         write_text_atomically(folder.path / "table.md", as_markdown(entries))
         for name, picture in pictures.items():
             image = encode(picture, "png")
-            write_atomically(folder.path / f"{name}.png", lambda path, image=image: path.write_bytes(image))
+            write_bytes_atomically(folder.path / f"{name}.png", image)
         print(as_markdown(entries) + f"table and figures: {folder.path}")
     finish(state)
 

@@ -41,7 +41,7 @@ from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.audit import identity
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence.recovery import METHODS, RecoveryPredictor
 from lmleak.metrics import calibration_error
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
         image = encode(figure(rows), "png")
         write_text_atomically(folder.path / "calibration.csv", as_csv(entries))
         write_text_atomically(folder.path / "levels.csv", as_csv(level_means(rows)))
-        write_atomically(folder.path / "calibration.png", lambda path: path.write_bytes(image))
+        write_bytes_atomically(folder.path / "calibration.png", image)
         Console(width=None if sys.stdout.isatty() else 160).print(console_table(entries))
         print(f"table and figure: {folder.path}")
     finish(state)

@@ -45,7 +45,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, InfluenceSolver
 from lmleak.influence.directions import posterior_variances
@@ -223,7 +223,7 @@ def draw(study: ImageStudy, rows: Sequence[dict], attacks: Sequence[str], sample
         for spec in attacks
     }  # fmt: skip
     picture = in_few_colours(encode(image_grid(true, recovered), "png"))
-    write_atomically(path, lambda file: file.write_bytes(picture))
+    write_bytes_atomically(path, picture)
 
 
 @exit_status

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from spectral_report import as_csv
 
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.drawing import BLUE, ORANGE, VERMILION, encode, house_style
 
 COLOURS = {"noise": BLUE, "regularizer": VERMILION, "dp": ORANGE}
@@ -117,7 +117,7 @@ def write_report(rows: list[dict], epsilons: Mapping[tuple[str, float], float | 
     write_text_atomically(path / "influence_regularizer.csv", as_csv(entries))
     if gains:
         write_text_atomically(path / "influence_regularizer_gain.csv", as_csv(gains))
-    write_atomically(path / "influence_regularizer.png", lambda file: file.write_bytes(image))
+    write_bytes_atomically(path / "influence_regularizer.png", image)
     names = ("accuracy", "rmse", "predicted", "relative", "gradient_rms")
     table = Table("arm", "strength", "epsilon", *names)
     for e in entries:

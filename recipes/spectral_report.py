@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lmleak.evaluation.image_attack import images_of
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.drawing import BLUE, GREY, ORANGE, VERMILION, encode, house_style
 from lmleak.report.image_grid import image_grid
 
@@ -164,7 +164,7 @@ def write_report(rows: list[dict], truth: Tensor, path: Path) -> None:
     write_text_atomically(path / "spectral_defense_equal_accuracy.csv", as_csv(equal))
     for name, figure in figures.items():
         image = encode(figure, "png")
-        write_atomically(path / f"{name}.png", lambda file, image=image: file.write_bytes(image))
+        write_bytes_atomically(path / f"{name}.png", image)
     table = Table("defense", "level", "attack", "RMSE", "predicted", "accuracy", "lost")
     for e in entries:
         said = [f"{e[n]:.3g} [{e[f'{n}_low']:.3g}, {e[f'{n}_high']:.3g}]" for n in ("rmse", "accuracy", "lost")]

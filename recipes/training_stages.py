@@ -30,7 +30,7 @@ from image_influence_report import LINES, as_csv, bootstrap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,7 +50,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_tensors_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.lookup import lookup
 from lmleak.report.drawing import BLUE, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
@@ -148,7 +148,7 @@ def checkpoints(config: StagesConfig, data: ImageData, state: PartialState) -> d
     with state.main_process_first():
         if not all(file.exists() for file in files.values()):
             for epoch, model in train(config, data, device).items():
-                write_atomically(files[epoch], lambda path, model=model: save_file(model.state_dict(), path))
+                write_tensors_atomically(files[epoch], model.state_dict())
     models = {}
     for epoch, file in files.items():
         models[epoch] = image_model(config.model, data.image_shape, len(data.class_names)).eval()
@@ -291,7 +291,7 @@ def main(argv: list[str]) -> None:
         entries = summary(rows, config.seed)
         write_text_atomically(folder.path / "training_stages.csv", as_csv(entries))
         image = encode(figure(entries), "png")
-        write_atomically(folder.path / "training_stages.png", lambda path: path.write_bytes(image))
+        write_bytes_atomically(folder.path / "training_stages.png", image)
         Console(width=None if sys.stdout.isatty() else 200).print(console_table(entries))
         print(f"table and figure: {folder.path}")
     finish(state)

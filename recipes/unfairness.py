@@ -37,7 +37,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.influence import GradientJacobian, eigen_directions
 from lmleak.report.drawing import encode
 
@@ -131,7 +131,7 @@ def write_results(config: UnfairnessConfig, studies: Mapping[int, ImageStudy], r
     write_text_atomically(folder / "tables.md", text)
     for name, picture in pictures.items():
         image = encode(picture, "png")
-        write_atomically(folder / f"{name}.png", lambda path, image=image: path.write_bytes(image))
+        write_bytes_atomically(folder / f"{name}.png", image)
     print(f"{text}\ntables and figures: {folder}")
 
 

@@ -3,16 +3,25 @@
 import stat
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lmleak.errors import ConfigError
-from lmleak.files import refuse_unwritable, write_atomically, write_text_atomically
+from lmleak.files import (
+    refuse_unwritable,
+    write_atomically,
+    write_bytes_atomically,
+    write_tensors_atomically,
+    write_text_atomically,
+)
 
 
 def test_a_file_and_its_folders_are_written(tmp_path):
     path = tmp_path / "a" / "b" / "file.txt"
     assert write_text_atomically(path, "Grüße\n") == path
     assert path.read_text(encoding="utf-8") == "Grüße\n"
-    assert write_atomically(str(path), lambda temporary: temporary.write_bytes(b"\x00")) == path
+    assert write_bytes_atomically(str(path), b"\x00") == path
     assert path.read_bytes() == b"\x00"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -35,6 +44,16 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
             write_text_atomically(target, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_tensors_that_do_not_fit_the_disk_are_refused_as_other_files_are(tmp_path, monkeypatch):
+    path = write_tensors_atomically(tmp_path / "a.safetensors", {"w": torch.arange(6.0).reshape(2, 3).T})
+    assert torch.equal(load_file(path)["w"], torch.arange(6.0).reshape(2, 3).T)
+    monkeypatch.setattr("lmleak.files.save_file", lambda *_, **__: (_ for _ in ()).throw(SafetensorError("disk full")))
+    with pytest.raises(ConfigError, match=r"cannot write .*: disk full; make room"):
+        write_tensors_atomically(path, {"w": torch.zeros(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert load_file(path)["w"].shape == (3, 2)
 
 
 def test_what_cannot_be_written_is_refused_beforehand(tmp_path):

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.errors import DataError
-from lmleak.files import write_atomically
+from lmleak.files import write_tensors_atomically
 
 FORMAT = "lmleak-decoder-1"
 SHAPE = ("image_shape", "latent_size", "width")
@@ -76,16 +75,7 @@ def save_decoder(path: str | os.PathLike, decoder: ImageDecoder, card: Mapping[s
         The path. A place that cannot be written is refused as ``ConfigError``.
     """
     card = {name: getattr(decoder, name) for name in SHAPE} | dict(card)
-    metadata = {FORMAT: json.dumps(card)}
-    weights = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(weights, temporary, metadata=metadata)
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(str(error)) from error
-
-    return write_atomically(path, write)
+    return write_tensors_atomically(path, decoder.state_dict(), {FORMAT: json.dumps(card)})
 
 
 def load_decoder(path: str | os.PathLike) -> ImageDecoder:

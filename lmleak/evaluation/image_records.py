@@ -12,13 +12,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmleak.errors import ConfigError, DataError
-from lmleak.files import write_atomically
+from lmleak.files import write_tensors_atomically
 from lmleak.types import Normalization
 
 FORMAT = "lmleak-images-1"
@@ -46,19 +44,12 @@ class ImageRecords:
         Returns:
             The path.
         """
-        tensors = {"pixels": self.pixels.detach().to("cpu", torch.float64).contiguous()}
+        tensors = {"pixels": self.pixels.double()}
         if self.labels is not None:
-            tensors["labels"] = self.labels.cpu().contiguous()
+            tensors["labels"] = self.labels
         known = None if self.normalization is None else asdict(self.normalization)
         metadata = {FORMAT: json.dumps({"normalization": known, "gradient": self.gradient})}
-
-        def write(temporary: Path) -> None:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(str(error)) from error
-
-        return write_atomically(path, write)
+        return write_tensors_atomically(path, tensors, metadata)
 
 
 def read_images(path: str | os.PathLike) -> ImageRecords:

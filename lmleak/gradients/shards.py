@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmleak.errors import DataError
-from lmleak.files import write_atomically
+from lmleak.files import write_tensors_atomically
 
 FORMAT, VERSION = "lmleak-gradient-store", 2
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -32,7 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors with their digests; the file appears whole or not at all."""
     digests = {name: digest(name, tensor) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "version": str(VERSION), "digests": json.dumps(digests)}
-    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+    write_tensors_atomically(path, tensors, metadata)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

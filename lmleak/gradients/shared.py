@@ -26,11 +26,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lmleak.errors import DataError
-from lmleak.files import write_atomically
+from lmleak.files import write_tensors_atomically
 from lmleak.types import SINGLE_STEP, Aggregation, Observation
 
 FORMAT, VERSION = "lmleak-gradient", "1"
@@ -126,10 +125,10 @@ class SharedGradient:
         Returns:
             The path.
         """
-        tensors = {f"gradient/{name}": t.detach().cpu().contiguous() for name, t in self.gradient.items()}
-        tensors |= {f"layout/{name}": t.cpu().contiguous() for name, t in self.layout.items()}
+        tensors = {f"gradient/{name}": value for name, value in self.gradient.items()}
+        tensors |= {f"layout/{name}": value for name, value in self.layout.items()}
         if self.labels is not None:
-            tensors["labels"] = self.labels.cpu().contiguous()
+            tensors["labels"] = self.labels
         metadata = {
             "format": FORMAT, "version": VERSION, "model": self.model, "task": self.task, "shared": self.shared,
             "batch_size": str(self.batch_size), "reduction": "mean", "defenses": json.dumps(list(self.defenses)),
@@ -138,14 +137,7 @@ class SharedGradient:
             metadata["aggregation"] = json.dumps(asdict(self.aggregation))
         if self.weights:
             metadata["weights"] = self.weights
-
-        def write(temporary: Path) -> None:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(str(error)) from error
-
-        return write_atomically(path, write)
+        return write_tensors_atomically(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, adapter=None) -> "SharedGradient":

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lmleak.evaluation import AttackResult, ImageScoreResult
-from lmleak.files import write_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.metrics.image_score import ImageScores
 from lmleak.report.drawing import encode
 from lmleak.report.image_grid import image_grid, image_rows
@@ -119,4 +119,4 @@ def _cells(scores: ImageScores) -> list[str]:
 
 def _write(figure: Figure, path: Path) -> Path:
     picture = encode(figure, "png")
-    return write_atomically(path, lambda temporary: temporary.write_bytes(picture))
+    return write_bytes_atomically(path, picture)

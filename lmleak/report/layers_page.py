@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,7 @@ from lmleak.errors import DataError
 from lmleak.evaluation.layers_audit import LayersResult
 from lmleak.evaluation.layers_order import layer_scores
 from lmleak.evaluation.layers_protection import curves
-from lmleak.files import write_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.report import layers_tables
 from lmleak.report.drawing import encode
 from lmleak.report.layers_figures import agreement_matrix, layer_bars, residual_curves
@@ -74,7 +73,7 @@ def write_layers_report(result: LayersResult) -> Path:
         if content is None:  # nothing to draw: leave no figure of an earlier run beside this page
             (result.folder / name).unlink(missing_ok=True)
         else:
-            write_atomically(result.folder / name, partial(Path.write_bytes, data=content))
+            write_bytes_atomically(result.folder / name, content)
     return result.folder / "report.html"
 
 

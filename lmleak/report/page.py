@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lmleak.files import write_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.report import figures, listings, provenance, sections
 from lmleak.report.drawing import encode
 from lmleak.report.rows import Row
@@ -53,7 +52,7 @@ def write_report(rows: Sequence[Row], meta: Mapping[str, Any], folder: str | os.
         if content is None:  # nothing to draw: leave no figure of an earlier run beside this page
             (folder / name).unlink(missing_ok=True)
         else:
-            write_atomically(folder / name, partial(Path.write_bytes, data=content))
+            write_bytes_atomically(folder / name, content)
     return folder / "report.html"
 
 

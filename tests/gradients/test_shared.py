@@ -106,7 +106,7 @@ def test_a_failed_save_leaves_no_file_and_keeps_the_old_one(shared, tmp_path, mo
             file.write(b"half")
         raise error("disk full")
 
-    monkeypatch.setattr("lmleak.gradients.shared.save_file", fail)
+    monkeypatch.setattr("lmleak.files.save_file", fail)
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(ConfigError, match=f"cannot write {target}: disk full"):
             shared.save(target)
