@@ -36,10 +36,8 @@ def is_image_source(name: str) -> bool:
 def load_image_model(name: str, seed: int) -> nn.Module:
     """Return the classifier that a name (untrained) or a file of weights stands for.
 
-    The architecture of weights is recognised by the names and shapes of their tensors. Files that hold "best_prec1"
-    were written by the trainer of the PyTorch ImageNet example or its descendants, among them the public CIFAR
-    ResNets of Yerlan Idelbayev, and their networks read pixels by the ImageNet mean and deviation; of any other
-    file nothing is known, and its network reads [0, 1] unless a shape file says otherwise.
+    The architecture of weights is recognised by the names and shapes of their tensors. Where the file does not tell
+    how its network reads pixels (:func:`read_weights`), it reads [0, 1].
 
     Args:
         name: One of ``ARCHITECTURES``, or a path.
@@ -51,16 +49,16 @@ def load_image_model(name: str, seed: int) -> nn.Module:
     """
     if name in ARCHITECTURES:
         return image_model(name, seed=seed)
-    state, is_imagenet_trainer = read_weights(Path(name))
+    state, normalization = read_weights(Path(name))
     architecture, image_shape, num_classes = recognize(state, name)
     model = image_model(architecture, image_shape, num_classes)
     _load_state(model, state, name)
-    model.normalization = NORMALIZATIONS["imagenet"] if is_imagenet_trainer else Normalization()
+    model.normalization = normalization or Normalization()
     return model
 
 
 def from_image_shape(path: str, shape: Mapping, seed: int) -> nn.Module:
-    """Return the classifier that a shape file describes; weights bring their normalisation as in load_image_model.
+    """Return the classifier that a shape file describes; weights bring their normalisation unless it gives one.
 
     Args:
         path: The file; ``weights:`` in it is relative to its folder.
@@ -90,10 +88,10 @@ def from_image_shape(path: str, shape: Mapping, seed: int) -> nn.Module:
         raise ConfigError(f"{path}: {error}") from error
     if weights is not None:
         file = Path(path).parent / str(weights)
-        state, is_imagenet_trainer = read_weights(file)
+        state, own = read_weights(file)
         _load_state(model, state, str(file))
-        if is_imagenet_trainer and "normalization" not in shape:
-            normalization = NORMALIZATIONS["imagenet"]
+        if own is not None and "normalization" not in shape:
+            normalization = own
     model.normalization = normalization
     return model
 
@@ -146,15 +144,18 @@ def normalization_of(path: str, shape: Mapping) -> Normalization:
         ) from error
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Normalization | None]:
     """Read a file of weights, which can hold tensors and numbers only; nothing in it is executed.
+
+    Files that hold "best_prec1" were written by the trainer of the PyTorch ImageNet example or its descendants, among
+    them the public CIFAR ResNets of Yerlan Idelbayev, and their networks read pixels by the ImageNet mean and
+    deviation; of any other file nothing is known.
 
     Args:
         path: A state dict, or a checkpoint that holds one under "state_dict" or "model"; .safetensors or torch's.
 
     Returns:
-        Tensors by name, without the "module." of parallel training; whether the file is of the ImageNet example's
-        trainer.
+        Tensors by name, without the "module." of parallel training; how their network reads pixels, None if unknown.
 
     Raises:
         ConfigError: If it is absent, damaged, or something else.
@@ -182,7 +183,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if broken := [name for name, t in state.items() if not torch.isfinite(t).all()]:
         raise ConfigError(f"{path}: {broken[0]!r} holds NaN or Inf; the training has diverged, or the file is damaged")
-    return dict(state), "best_prec1" in content
+    return dict(state), NORMALIZATIONS["imagenet"] if "best_prec1" in content else None
 
 
 def recognize(state: Mapping[str, Tensor], origin: str) -> tuple[str, ImageShape, int]:
