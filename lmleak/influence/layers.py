@@ -39,9 +39,6 @@ class PartialRelease:
     undetermined: float
     """||d (A + d I)^-1 (x - mu)||^2 / ||x - mu||^2: the share of x that this release does not determine at this noise
     level, in [0, 1]."""
-    null_share: float
-    """The same at ``RELATIVE_DAMPING`` times this release's largest eigenvalue: what it does not determine without
-    noise either, as far as the solver resolves. By Gauss quadrature, so a lower bound."""
     converged: bool
     """Whether the solves behind ``map_error``, ``influence`` and ``undetermined`` met their tolerances."""
     products: int
@@ -144,7 +141,6 @@ def _release(
         map_error=magnitude(error, jacobian.dx),
         influence=influence.influence,
         undetermined=(lost.double().norm().item() / size) ** 2,
-        null_share=solver.undetermined_share(solver.default_damping),
         # d (A + d I)^-1 maps the shrinkage's residual to an error of at most its own size.
         converged=influence.converged and shrinkage.residual * size <= PREDICTION_TOLERANCE * error,
         products=solver.operator.products,
@@ -156,5 +152,5 @@ def _nothing(jacobian: InputJacobian, prior: Prior) -> PartialRelease:
     deviation = InfluenceSolver(jacobian, prior).deviation.double().norm().item()
     return PartialRelease(
         map_error=magnitude(deviation, jacobian.dx), influence=magnitude(0.0, jacobian.dx),
-        undetermined=1.0, null_share=1.0, converged=True, products=0,
+        undetermined=1.0, converged=True, products=0,
     )  # fmt: skip
