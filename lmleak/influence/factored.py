@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import is_linear
 from lmleak.errors import DataError
+from lmleak.influence.convolutions import CONVOLUTIONS, convolution_factor
 from lmleak.influence.factors import (
-    ConvolutionFactor,
     Factor,
     LinearFactor,
     RowFactor,
@@ -54,9 +53,9 @@ class Call:
 class FactoredProducts(Products):
     """Products by factors where a layer's kind is known, by double backward for the other parameters.
 
-    Known: ``nn.Linear``, the GPT-2 ``Conv1D``, ungrouped ``nn.Conv2d`` with zero padding, norms (LayerNorm, RMSNorm,
-    BatchNorm in evaluation mode), embeddings of public indices. A parameter of anything else, or that is used outside
-    its module, is listed in ``by_autodiff``.
+    Known: ``nn.Linear``, the GPT-2 ``Conv1D``, ``nn.Conv1d`` to ``nn.Conv3d`` (grouped, dilated, any padding), norms
+    (LayerNorm, RMSNorm, BatchNorm in evaluation mode), embeddings of public indices. A parameter of anything else
+    (transposed convolutions, GroupNorm), or that is used outside its module, is listed in ``by_autodiff``.
     """
 
     def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module):
@@ -234,16 +233,11 @@ def _kinds(call: Call) -> dict[str, Maker]:
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
             "bias": lambda call, g: SumFactor(g, axis=-1),
         }
-    if forward is nn.Conv2d.forward and module.groups == 1 and module.padding_mode == "zeros":
-        if isinstance(module.padding, str):
-            return {}
+    if forward in [kind.forward for kind in CONVOLUTIONS] and call.x.dim() == module.weight.dim():
         return {
-            "weight": lambda call, g: ConvolutionFactor(
-                F.unfold(call.x, module.kernel_size, module.dilation, module.padding, module.stride),
-                g, shape=module.weight.shape,
-            ),
+            "weight": lambda call, g: convolution_factor(module, call.x, g),
             "bias": lambda call, g: SumFactor(g, axis=1),
-        }  # fmt: skip
+        }
     if forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
         return {
             "weight": lambda call, g: RowFactor(call.x, g, padding=module.padding_idx, count=module.num_embeddings)

@@ -13,8 +13,8 @@ The second after the first, with the products of tokens formed first, never hold
 
     on X: (G G'^T) X + (G G^T) X'        on G: (X X^T) G' + (X X'^T) G  (gram)
 
-Biases, norms' weights and embeddings have factors of the same kind. A parameter that is used more than once
-(tied weights) has the sum of its uses as its gradient.
+Biases, norms' weights, embeddings and convolutions (:mod:`lmleak.influence.convolutions`) have factors of the same
+kind. A parameter that is used more than once (tied weights) has the sum of its uses as its gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -59,66 +59,60 @@ class LinearFactor(Factor):
         g: (..., d_out) gradients by the outputs.
         transposed: Whether the parameter is stored as (d_in, d_out), as in GPT-2.
         shape: Shape of the parameter, if it is not a matrix (convolutions).
+        grouped: Whether the first axis of both counts linear maps, each with inputs of its own.
     """
 
-    def __init__(self, x: Tensor, g: Tensor, *, transposed: bool = False, shape: torch.Size | None = None):
+    def __init__(
+        self, x: Tensor, g: Tensor, *, transposed: bool = False, shape: torch.Size | None = None, grouped: bool = False
+    ):
         super().__init__(x, g)
-        self.transposed, self.shape = transposed, shape
-        self.x, self.g = (rows(t) for t in self.values)
+        self.transposed, self.shape, self.grouped = transposed, shape, grouped
+        self.x, self.g = (self._rows(t) for t in self.values)
 
     @property
     def by_tokens(self) -> bool:
         """Whether products of tokens are cheaper than products of the weight's size."""
-        n, d_in, d_out = len(self.x), self.x.shape[1], self.g.shape[1]
-        return 3 * n * (d_in + d_out) < 4 * d_in * d_out
+        return positions_are_cheaper(self.x.shape[-2], self.x.shape[-1], self.g.shape[-1])
 
     @cached_property
     def xx(self) -> Tensor:
         """X X^T."""
-        return self.x @ self.x.T
+        return self.x @ self.x.mT
 
     @cached_property
     def gg(self) -> Tensor:
         """G G^T."""
-        return self.g @ self.g.T
+        return self.g @ self.g.mT
 
     def tangent(self, primes):
         """Return G'^T X + G^T X'."""
-        x_prime, g_prime = (rows(t) for t in primes)
-        theta = torch.addmm(g_prime.T @ self.x, self.g.T, x_prime)
-        theta = theta.T if self.transposed else theta
+        x_prime, g_prime = (self._rows(t) for t in primes)
+        theta = _plus(g_prime.mT @ self.x, self.g.mT, x_prime)
+        theta = theta.mT if self.transposed else theta
         return theta if self.shape is None else theta.reshape(self.shape)
 
     def cotangent(self, theta):
         """Return G W' and X W'^T."""
-        theta = theta if self.shape is None else theta.reshape(self.g.shape[1], self.x.shape[1])
-        theta = theta.T if self.transposed else theta
-        return self._shaped(self.g @ theta, self.x @ theta.T)
+        if self.shape is not None:
+            theta = theta.reshape(*self.g.shape[:-2], self.g.shape[-1], self.x.shape[-1])
+        theta = theta.mT if self.transposed else theta
+        return self._shaped(self.g @ theta, self.x @ theta.mT)
 
     def gram(self, primes):
         """Return (G G'^T) X + (G G^T) X' and (X X^T) G' + (X X'^T) G."""
         if not self.by_tokens:
             return super().gram(primes)
-        x_prime, g_prime = (rows(t) for t in primes)
-        on_x = torch.addmm((self.g @ g_prime.T) @ self.x, self.gg, x_prime)
-        on_g = torch.addmm((self.x @ x_prime.T) @ self.g, self.xx, g_prime)
+        x_prime, g_prime = (self._rows(t) for t in primes)
+        on_x = _plus((self.g @ g_prime.mT) @ self.x, self.gg, x_prime)
+        on_g = _plus((self.x @ x_prime.mT) @ self.g, self.xx, g_prime)
         return self._shaped(on_x, on_g)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Return (..., d) as (n, d), or as (groups, n, d)."""
+        return tensor.flatten(1, -2) if self.grouped else rows(tensor)
 
     def _shaped(self, on_x: Tensor, on_g: Tensor) -> Tensors:
         return on_x.reshape(self.tensors[0].shape), on_g.reshape(self.tensors[1].shape)
-
-
-class ConvolutionFactor(LinearFactor):
-    """dL/dW of a convolution: a linear map of unfolded patches.
-
-    Args:
-        patches: (N, C_in k k, L) as ``torch.nn.functional.unfold`` returns them.
-        g: (N, C_out, H, W) gradients by the output, L = H W.
-        shape: Shape of the kernel, (C_out, C_in, k, k).
-    """
-
-    def __init__(self, patches: Tensor, g: Tensor, *, shape: torch.Size):
-        super().__init__(patches.transpose(1, 2), g.flatten(2).transpose(1, 2), shape=shape)
 
 
 class ScaleFactor(Factor):
@@ -225,3 +219,13 @@ class TotalFactor(Factor):
 def rows(tensor: Tensor) -> Tensor:
     """Return (..., d) as (n, d)."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def positions_are_cheaper(n: int, d_in: int, d_out: int) -> bool:
+    """Return whether six products of n x n with n x d cost less than four of the size of a d_out x d_in weight."""
+    return 3 * n * (d_in + d_out) < 4 * d_in * d_out
+
+
+def _plus(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return base + left right, of matrices or of stacks of them."""
+    return (torch.addmm if base.dim() == 2 else torch.baddbmm)(base, left, right)

@@ -86,12 +86,14 @@ def test_image_models_equal_double_backward(name):
 def test_what_has_no_factors_goes_by_double_backward_and_is_named():
     adapter, batch = image_problem(Residual)
     products = GradientJacobian(adapter, batch)._products
-    # The BatchNorm's output is overwritten in place; GroupNorm and the grouped convolution are of no known kind.
+    # The BatchNorm's output is overwritten in place; GroupNorm is of no known kind.
     assert set(products.by_autodiff) == {
-        "norm.weight", "norm.bias", "depthwise.weight", "depthwise.bias", "group_norm.weight", "group_norm.bias",
-        "slope.weight", "scale", "elsewhere.weight",
+        "norm.weight", "norm.bias", "group_norm.weight", "group_norm.bias", "slope.weight", "scale",
+        "elsewhere.weight",
     }  # fmt: skip
-    assert set(products.factors) == {"stem.weight", "twice.weight", "twice.bias", "fc.weight", "fc.bias"}
+    assert set(products.factors) == {
+        "stem.weight", "twice.weight", "twice.bias", "depthwise.weight", "depthwise.bias", "fc.weight", "fc.bias",
+    }  # fmt: skip
     jacobian = GradientJacobian(adapter, batch)
     assert set(jacobian.by_autodiff) == set(products.by_autodiff)
     assert "by double backward: scale, norm.weight" in repr(jacobian)
