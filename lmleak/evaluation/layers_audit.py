@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
 from lmleak.evaluation.layers_config import LayersConfig
 from lmleak.evaluation.layers_data import load_labelled
 from lmleak.evaluation.layers_examples import LabelledExamples
-from lmleak.evaluation.layers_order import layer_scores, rank_agreement
-from lmleak.evaluation.layers_protection import Protection, hidden_sets, protection_orders
+from lmleak.evaluation.layers_order import LayerScores, layer_scores, rank_agreement
+from lmleak.evaluation.layers_protection import Curves, Protection, curves, hidden_sets, protection_orders
 from lmleak.evaluation.run import on_main, process_state, progress, run_items
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import GradientStore
@@ -45,6 +46,16 @@ class LayersResult:
     meta: dict[str, Any]
     """How it was made."""
     folder: Path
+
+    @cached_property
+    def scores(self) -> list[LayerScores]:
+        """Every metric that all layers have."""
+        return layer_scores(self.rows)
+
+    @cached_property
+    def curves(self) -> Curves:
+        """What is left after hiding the first k layers, per order."""
+        return curves(self.orders, self.protection, self.meta["steps"])
 
 
 def run_layers(config: LayersConfig, *, command: str | None = None) -> LayersResult:
@@ -81,7 +92,7 @@ def run_layers(config: LayersConfig, *, command: str | None = None) -> LayersRes
         analysis.measures(), lambda _, measure: analysis.rows(measure), folder, state, label="measuring layers"
     )
     scores = layer_scores(rows)
-    orders = protection_orders(analysis, scores, protection)
+    orders = on_main(state, lambda: protection_orders(analysis, scores, protection))  # greedy ones take many fits
     sets = hidden_sets(orders, protection.steps)
     guard = Protection(analysis, protection)
     within = ResultFolder(folder.path / "protection", decisive, identity=identified | {"sets": _digest(sets)})

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from lmleak.evaluation.layers import ALL, Row
@@ -149,10 +151,14 @@ def rank_agreement(scores: Sequence[LayerScores], *, seed: int = 0) -> list[dict
 def _p_value(a: Sequence[float], b: Sequence[float], seed: int) -> float:
     """Return how often random orders of the layers correlate as strongly, in either direction."""
     first, second = (rankdata(values) - (len(a) + 1) / 2 for values in (a, b))
-    if len(a) <= EXACT_LAYERS:
-        orders = np.array(list(permutations(range(len(a)))))
-    else:
-        generator = np.random.default_rng(seed)
-        orders = np.stack([np.arange(len(a)), *(generator.permutation(len(a)) for _ in range(DRAWN_ORDERS))])
-    reached = np.abs(first[orders] @ second) >= np.abs(first @ second) - 1e-9
+    reached = np.abs(first[_orders(len(a), seed)] @ second) >= np.abs(first @ second) - 1e-9
     return float(reached.mean())
+
+
+@lru_cache(maxsize=1)  # the same for every pair of metrics
+def _orders(layers: int, seed: int) -> NDArray:
+    """Return all orders of a few layers, or of many the one observed and random ones, (orders, layers)."""
+    if layers <= EXACT_LAYERS:
+        return np.array(list(permutations(range(layers))))
+    generator = np.random.default_rng(seed)
+    return np.stack([np.arange(layers), *(generator.permutation(layers) for _ in range(DRAWN_ORDERS))])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmleak.adapters import TextAdapter
 from lmleak.attacks import parse_attack
@@ -24,6 +25,8 @@ FORWARD = "first layers first"
 GREEDY_LAYERS = 8  # a greedy order of more layers costs too many fits
 TEXT_SCORES = ("token_recall", "token_f1", "rouge1", "rougeL", "position_accuracy")
 IMAGE_SCORES = ("rmse", "mse", "psnr", "ssim")
+Curves = Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]
+"""Name of an order -> (k, hidden layers in the order of hiding, what is left), for every k tried."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,23 @@ class Protection:
         """
         analysis = self.analysis
         remaining = [layer for layer in analysis.layers if layer not in hidden]
+        features = analysis.features(remaining, analysis.choice(self.settings.gradients))
+        information = lambda group, targets: {name: self._information(group, name, features) for name in targets}
         return {
             "key": "hidden|" + "|".join(hidden),
             "hidden": list(hidden),
             "remaining": remaining,
             "parameters": sum(analysis.parameters[layer] for layer in remaining),
-            "latent": {name: self._information("latent", name, remaining) for name in analysis.examples.attributes},
-            "original": {name: self._information("original", name, remaining) for name in analysis.examples.originals},
+            "latent": information("latent", analysis.examples.attributes),
+            "original": information("original", analysis.examples.originals),
             "attacks": {spec: self._attack(spec, hidden) for spec in self.attacks},
         }
 
-    def _information(self, group: str, target: str, layers: Sequence[str]) -> dict[str, Any]:
+    def _information(self, group: str, target: str, features: NDArray) -> dict[str, Any]:
         analysis, family = self.analysis, self.analysis.families(group)[-1]
         rows = analysis.choice(self.settings.gradients)
         found = v_information(
-            analysis.features(layers, rows), analysis.target(Measure(group, target=target), rows), family=family,
+            features, analysis.target(Measure(group, target=target), rows), family=family,
             groups=analysis.groups_of(rows), folds=analysis.settings.folds, seed=analysis.settings.seed,
         )  # fmt: skip
         return {
@@ -187,9 +192,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
 
 
-def curves(
-    orders: Mapping[str, Sequence[str]], rows: Sequence[Row], most: int
-) -> dict[str, list[tuple[int, tuple[str, ...], Row]]]:
+def curves(orders: Mapping[str, Sequence[str]], rows: Sequence[Row], most: int) -> Curves:
     """Return per order what is left after hiding its first k layers.
 
     Args:
@@ -198,7 +201,7 @@ def curves(
         most: As for :func:`hidden_sets`.
 
     Returns:
-        Name -> (k, hidden layers in the order of hiding, row).
+        The curves, of every order.
     """
     by_set = {frozenset(row["hidden"]): row for row in rows}
     return {

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lmleak.evaluation.layers_order import LayerScores
+from lmleak.evaluation.layers_protection import Curves
 from lmleak.evaluation.layers_settings import ALL, Row
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
 
-Curves = Mapping[str, Sequence[tuple[int, tuple[str, ...], Row]]]
 COLUMNS = 3
 """Panels side by side."""
 PANEL = {"original": BLUE, "latent": PURPLE}

@@ -14,8 +14,6 @@ from rich.console import RenderableType
 
 from lmleak.errors import DataError
 from lmleak.evaluation.layers_audit import LayersResult
-from lmleak.evaluation.layers_order import layer_scores
-from lmleak.evaluation.layers_protection import curves
 from lmleak.files import write_bytes_atomically
 from lmleak.report import layers_tables
 from lmleak.report.drawing import encode
@@ -46,8 +44,7 @@ def write_layers_report(result: LayersResult) -> Path:
     Returns:
         Path of the page.
     """
-    scores = layer_scores(result.rows)
-    left = curves(result.orders, result.protection, result.meta["steps"])
+    scores, left = result.scores, result.curves
     drawn = {
         "layers": layer_bars(scores, result.rows),
         "agreement": agreement_matrix(scores, result.agreement),
@@ -80,8 +77,7 @@ def write_layers_report(result: LayersResult) -> Path:
 def render(result: LayersResult, summary: Mapping[str, Any], drawn: Mapping[str, Figure | None]) -> str:
     """Return the page as HTML, a complete document that refers to nothing outside itself."""
     meta, folder = result.meta, files("lmleak.report")
-    scores = layer_scores(result.rows)
-    left = curves(result.orders, result.protection, meta["steps"])
+    scores, left = result.scores, result.curves
     figures = {
         name: embedded_figure(figure, ALTERNATIVES[name]) if figure else f'<p class="absent">{MISSING[name]}</p>'
         for name, figure in drawn.items()
@@ -106,8 +102,7 @@ def render(result: LayersResult, summary: Mapping[str, Any], drawn: Mapping[str,
 
 def console_report(result: LayersResult) -> list[RenderableType]:
     """Return what the command prints: the metrics, what hiding leaves, and the findings in words."""
-    scores = layer_scores(result.rows)
-    left = curves(result.orders, result.protection, result.meta["steps"])
+    scores, left = result.scores, result.curves
     tables = [layers_tables.layers_table(scores, result.meta["layers"])] if scores else []
     tables += [layers_tables.orders_table(left)] if len(result.meta["layers"]) > 1 else []
     return [*tables, *layers_tables.findings(scores, result.rows, left)]

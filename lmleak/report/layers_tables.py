@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from lmleak.evaluation.layers_order import LayerScores
-from lmleak.evaluation.layers_protection import FORWARD
+from lmleak.evaluation.layers_protection import FORWARD, Curves
 from lmleak.evaluation.layers_settings import Row
-from lmleak.report.layers_figures import SHOWN_SCORES, Curves, interval_of, mean_of, whole_information
+from lmleak.report.layers_figures import SHOWN_SCORES, interval_of, mean_of, whole_information
 from lmleak.report.rows import compact, percent
 
 SIGNIFICANT = 0.05
