@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from image_tables import Entry, drawable, grid, mean, publish, root_mean_square
+from image_tables import Entry, drawable, mean, publish, root_mean_square
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -43,7 +43,7 @@ from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.image_study import TASK, ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, eigen_directions, expected_by_example
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 from lmleak.types import Batch
 
 OTHERS_KNOWN = "others known"
@@ -223,7 +223,7 @@ def figure(entries: Sequence[Entry]) -> Figure:
         errors.set_title("error of an image in its batch")
         errors.set_xlabel("batch size B")
         errors.set_ylabel("error, rms per normalised pixel")
-        grid(errors)
+        light_grid(errors)
         _rank(ranks, joint)
         drawing.legend(*errors.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return drawing
@@ -251,7 +251,7 @@ def _rank(axes: Axes, own: Sequence[Entry]) -> None:
     axes.set_xlabel("batch size B")
     axes.set_ylabel("directions of the batch")
     axes.legend(loc="upper left")
-    grid(axes)
+    light_grid(axes)
 
 
 @exit_status

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from lmleak.defenses.privacy import epsilon
 from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.metrics.agreement import bootstrap_mean, paired_bootstrap
-from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
 
 BUDGETS = (0.01, 0.02, 0.05)
 """Accuracy lost at which families are compared."""
@@ -200,6 +200,6 @@ def figure(entries: Sequence[Entry], path: Path) -> None:
         lost = [100 * e.lost for e in entries]
         axes.set_xlim(min(lost) - 0.5, 1.2 * max(*lost, 1))
         axes.set_ylim(-0.04, 1.06)
-        axes.grid(color="#E4E7EB", linewidth=0.8)
+        light_grid(axes)
         drawing.legend(loc="outside right upper")
     write_bytes_atomically(path, encode(drawing, "png"))

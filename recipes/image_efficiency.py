@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from image_tables import Entry, drawable, grid, publish
+from image_tables import Entry, drawable, publish
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -45,7 +45,7 @@ from lmleak.files import write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
 from lmleak.linops import multishift_cg
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 from lmleak.types import Batch
 
 PUBLISHED_STEPS = 24_000
@@ -251,7 +251,7 @@ def figure(times: Sequence[Entry], gains: Sequence[Entry]) -> Figure:
             axes.set_title(title)
             axes.set_xlabel("model and its number of parameters")
             axes.set_ylabel(label)
-            grid(axes)
+            light_grid(axes)
         drawing.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return drawing
 

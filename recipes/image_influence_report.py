@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lmleak.files import write_bytes_atomically, write_text_atomically
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
 
 LOCAL = {"local": "local_rmse", "local-map": "local_map_rmse"}  # attackers who start at the truth: their field
 PREDICTED = ("lower_bound_rms", "influence_rms", "map_response_rms", "map_rms", "bayes_rms")
 RESAMPLES = 2000
 UNIT = "RMS per normalised pixel"
-LINES = "#E4E7EB"
 # Hollow and of several sizes: results that agree lie upon each other.
 LOOKS = (("o", INK, 62), ("x", BLUE, 16), ("^", PURPLE, 40), ("s", GREY, 26), ("D", ORANGE, 22), ("v", SKY, 22))
 
@@ -195,8 +194,7 @@ def finish_panel(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     axes.set_ylim(min(y) / 2, max(y) * 2)
     ends = (max(min(x), min(y)) / 2, min(max(x), max(y)) * 2)
     axes.plot(ends, ends, color=INK, linewidth=1, label="y = x")
-    axes.grid(color=LINES, linewidth=0.8)
-    axes.set_axisbelow(True)
+    light_grid(axes)
 
 
 def damping_figure(rows: Sequence[dict]) -> Figure:
@@ -231,7 +229,7 @@ def damping_figure(rows: Sequence[dict]) -> Figure:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlim(x[0] / 25, x[-1] * 2)
-            axes.grid(color=LINES, linewidth=0.8)
+            light_grid(axes)
             axes.set_title(model)
             axes.set_xlabel("variance of the noise  (gradient²)")
             axes.set_ylabel(f"error, median over images\n({UNIT})")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from image_tables import Entry, drawable, grid, in_few_colours, publish
+from image_tables import Entry, drawable, in_few_colours, publish
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lmleak.evaluation.image_attack import images_of
 from lmleak.files import write_bytes_atomically
 from lmleak.metrics.agreement import bootstrap_mean
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, SKY, VERMILION, encode, house_style, light_grid
 from lmleak.report.image_grid import image_grid
 
 PLAIN, PRIORS = ("gs", "gauss-newton", "gaussian prior"), ("latents", "gias")
@@ -135,7 +135,7 @@ def _panel(axes: Axes, rows: Sequence[dict], kind: str, what: str) -> None:
     axes.axhline(sum(nearest) / len(nearest), color=INK, linewidth=1, linestyle=":", label=RANGE)
     axes.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axes.set_xlabel("noise, multiples of the gradient's rms" if what == "noise" else "share of the coordinates pruned")
-    grid(axes)
+    light_grid(axes)
 
 
 def picture(rows: Sequence[dict], originals: Mapping[str, Tensor], what: str, strength: float) -> Figure:

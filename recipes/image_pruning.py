@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from image_tables import Entry, drawable, grid, mean, publish, root_mean_square
+from image_tables import Entry, drawable, mean, publish, root_mean_square
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ from lmleak.influence import (
     eigen_directions,
     mask_aware_influence,
 )
-from lmleak.report.drawing import BLUE, GREY, INK, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, VERMILION, house_style, light_grid
 
 ATTACKERS = {"naive": (VERMILION, "s", "none"), "mask-aware": (BLUE, "o", "full")}  # colour, marker, filling
 COSINE = ("gs",)  # attacks that match directions
@@ -174,7 +174,7 @@ def figure(entries: Sequence[Entry]) -> Figure:
             axes.set_title(attack)
             axes.set_xlabel("share of the gradient's coordinates pruned")
             axes.set_ylabel("error, rms per normalised pixel")
-            grid(axes)
+            light_grid(axes)
         _agreement(drawing.add_subplot(2, columns, columns + 1, xscale="log", yscale="log"), entries)
         _rank(drawing.add_subplot(2, columns, columns + 2), entries)
         handles, labels = drawing.axes[0].get_legend_handles_labels()
@@ -199,7 +199,7 @@ def _agreement(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.set_xlabel("predicted error, rms per normalised pixel")
     axes.set_ylabel("measured RMSE, normalised pixels")
     axes.legend(loc="upper left")
-    grid(axes)
+    light_grid(axes)
 
 
 def _rank(axes: Axes, entries: Sequence[Entry]) -> None:
@@ -213,7 +213,7 @@ def _rank(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.set_xlabel("share of the gradient's coordinates pruned")
     axes.set_ylabel("directions of the image")
     axes.legend(loc="lower left")
-    grid(axes)
+    light_grid(axes)
 
 
 @exit_status

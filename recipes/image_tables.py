@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
@@ -85,9 +84,3 @@ def in_few_colours(png: bytes) -> bytes:
 def drawable(values: Iterable[float | None]) -> list[float]:
     """Return what a logarithmic axis can show: NaN for what is missing, infinite or not positive."""
     return [v if v is not None and 0 < v < math.inf else math.nan for v in values]
-
-
-def grid(axes: Axes) -> None:
-    """Draw the light grid of these studies."""
-    axes.grid(color="#E4E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)

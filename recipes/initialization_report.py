@@ -6,11 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 from image_study_parts import LOCAL
-from image_tables import grid
 from matplotlib.figure import Figure
 
 from lmleak.metrics import rank_correlation
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 
 RESAMPLES = 1000
 PUBLISHED_MSE = {"uniform": ".16-.27", "normal": ".13-1.0", "kaiming": "1.0-2.0", "xavier": "1.1-2.0"}
@@ -125,7 +124,7 @@ def initialization_figure(rows: Sequence[dict]) -> Figure:
                     axes.plot([low, high], [low, high], color=INK, linewidth=0.9, zorder=0, label="equal")
                     axes.set_xlim(low, high)
                 axes.set_ylim(min(measured) / 1.7, max(measured) * 1.7)
-                grid(axes)
+                light_grid(axes)
                 if attack == attacks[-1]:
                     axes.set_xlabel(label)
             line[0].set_ylabel("MSE (squared normalised pixels)")

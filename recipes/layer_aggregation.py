@@ -18,8 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from image_tables import grid, publish
+from image_tables import publish
 from layer_cases import (
     Case,
     LayerStudyConfig,
@@ -29,6 +28,7 @@ from layer_cases import (
     prepare_all,
     study_folder,
     training_cases,
+    unit_of,
 )
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -40,11 +40,10 @@ from lmleak.evaluation.layers import ALL, Measure, Row
 from lmleak.leakage.cross_fitting import Candidate, Candidates, Folds, make_target
 from lmleak.leakage.families import FAMILIES
 from lmleak.leakage.vinformation import VInformation, information_between
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import LINE_COLOURS, house_style, light_grid, whiskers
 from lmleak.types import Aggregation
 
 GROUPS = ("sensitivity", "latent", "original")
-COLOURS = (BLUE, VERMILION, ORANGE, PURPLE, SKY, INK, GREY)
 LOCAL_EXAMPLES = 8  # of an update of local steps, over which the steps divide
 
 
@@ -177,7 +176,7 @@ def figure(entries: Sequence[Row]) -> Figure:
     with house_style():
         drawing = Figure(figsize=(4.2 * (len(targets) + 1), 4.8), layout="constrained")
         panels = drawing.subplots(1, len(targets) + 1)
-        for layer, colour in zip(layers, COLOURS, strict=False):
+        for layer, colour in zip(layers, LINE_COLOURS, strict=False):
             own = {e["release"]: e for e in entries if e["layer"] == layer}
             for axes, target in zip(panels, targets, strict=False):
                 for who, style in (("adaptive", "o-"), ("naive", "x:")):
@@ -185,8 +184,7 @@ def figure(entries: Sequence[Row]) -> Figure:
                     shown = [r for r in releases if own.get(r, {}).get(name) is not None]
                     x, y = [releases.index(r) for r in shown], [own[r][name] for r in shown]
                     low, high = ([own[r][f"{name} {end}"] for r in shown] for end in ("low", "high"))
-                    spread = np.clip([np.subtract(y, low), np.subtract(high, y)], 0, None)
-                    axes.errorbar(x, y, spread, fmt=style, ms=4, lw=1.0, capsize=2, color=colour,
+                    axes.errorbar(x, y, whiskers(y, low, high), fmt=style, ms=4, lw=1.0, capsize=2, color=colour,
                                   label=f"{layer}, {who}")  # fmt: skip
             shown = [r for r in releases if own.get(r, {}).get("sensitivity") is not None]
             if shown:
@@ -195,14 +193,14 @@ def figure(entries: Sequence[Row]) -> Figure:
         for axes, target in zip(panels, targets, strict=False):
             axes.set_title(target)
             axes.set_ylim(-0.55, 0.8)
-            axes.set_ylabel("R² of the input" if target == "pixels" else "share of the entropy told")
+            axes.set_ylabel(unit_of(target))
         panels[-1].set_title("sensitivity to the victim")
         panels[-1].set_ylabel("||J||, gradient per normalised pixel")
         panels[-1].set_yscale("log")
         for axes in panels:
             axes.set_xticks(range(len(releases)), releases, rotation=60, ha="right", fontsize=8)
             axes.set_xlabel("release")
-            grid(axes)
+            light_grid(axes)
         drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7.5)
     return drawing
 

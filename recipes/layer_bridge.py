@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from image_study_parts import LocalAttacker
-from image_tables import as_csv, grid, publish
+from image_tables import as_csv, publish
 from layer_cases import (
     LayerStudyConfig,
     Prepared,
@@ -55,7 +55,7 @@ from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian
 from lmleak.influence.layers import influence_of_layers
 from lmleak.leakage import input_sensitivity
-from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, VERMILION, house_style, light_grid, whiskers
 
 GROUPS = ("subspace", "mean-difference", "latent", "original")
 SIDES = ("only", "without")
@@ -236,16 +236,15 @@ def figure(entries: Sequence[Row]) -> Figure:
                            and e["attack"] == side and e["start"] == start]  # fmt: skip
                     shift = (number - (len(cases) - 1) / 2) * 0.18 + (0.05 if start == "truth" else -0.05)
                     y = [metrics.index(e["metric"]) + shift for e in own]
-                    x = np.array([[e["rho"], e["low"], e["high"]] for e in own], dtype=float)
-                    spread = np.clip([x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]], 0, None)
+                    rho, low, high = ([e[name] for e in own] for name in ("rho", "low", "high"))
                     stage = f"{case[2]} epochs" if case[2] else "untrained"
-                    axes.errorbar(x[:, 0], y, xerr=spread, fmt=marker, ms=4, color=colour, lw=0.9,
+                    axes.errorbar(rho, y, xerr=whiskers(rho, low, high), fmt=marker, ms=4, color=colour, lw=0.9,
                                   label=f"{case[0]} / {case[1]}, {stage}, from {start}")  # fmt: skip
             axes.axvline(0, color=GREY, lw=0.8)
             axes.set_xlim(-1.08, 1.08)
             axes.set_title("attack on this layer alone" if side == "only" else "attack on all but this layer")
             axes.set_xlabel("Spearman's correlation over layers")
-            grid(axes)
+            light_grid(axes)
         panels[0].set_yticks(range(len(metrics)), metrics)
         panels[0].invert_yaxis()
         drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from image_tables import grid, publish
-from layer_cases import LayerStudyConfig, Prepared, information, prepare_all, study_folder, training_cases
+from image_tables import publish
+from layer_cases import LayerStudyConfig, Prepared, information, prepare_all, study_folder, training_cases, unit_of
 from layer_models import MODELS
 from matplotlib.figure import Figure
 
@@ -36,10 +36,9 @@ from lmleak.leakage.cross_fitting import Folds, feature_matrix, make_target
 from lmleak.leakage.families import DECODER, FAMILIES
 from lmleak.leakage.vinformation import information_between
 from lmleak.lookup import lookup
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import LINE_COLOURS, house_style, light_grid, whiskers
 
 GROUPS = ("latent", "original")
-COLOURS = (BLUE, VERMILION, ORANGE, PURPLE, SKY, INK, GREY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +186,17 @@ def figure(entries: Sequence[Row]) -> Figure:
             for axes, what, key in ((panels[0, place], "family", "family"), (panels[1, place], "curve", "gradients")):
                 own = [e for e in entries if e["target"] == target and e["what"] == what]
                 ticks = list(dict.fromkeys(e[key] for e in own))
-                for layer, colour in zip(layers, COLOURS, strict=False):
+                for layer, colour in zip(layers, LINE_COLOURS, strict=False):
                     line = [e for e in own if e["layer"] == layer]
-                    y = np.array([[e["information"], e["low"], e["high"]] for e in line]).reshape(-1, 3)
-                    spread = np.clip([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0, None)
-                    axes.errorbar([ticks.index(e[key]) for e in line], y[:, 0], spread, fmt="o-", ms=4, lw=1,
+                    y, low, high = ([e[name] for e in line] for name in ("information", "low", "high"))
+                    axes.errorbar([ticks.index(e[key]) for e in line], y, whiskers(y, low, high), fmt="o-", ms=4, lw=1,
                                   capsize=2, color=colour, label=layer)  # fmt: skip
                 axes.set_xticks(range(len(ticks)), ticks, rotation=30 if what == "family" else 0)
                 axes.set_xlabel(
                     "predictive family" if what == "family" else "gradients in the estimate (two thirds fit)"
                 )
-                axes.set_ylabel("R² of the input" if target == "pixels" else "share of the entropy told")
-                grid(axes)
+                axes.set_ylabel(unit_of(target))
+                light_grid(axes)
             panels[0, place].set_title(target)
         drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return drawing

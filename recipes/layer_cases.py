@@ -310,6 +310,11 @@ def information(row: Row) -> tuple[float, float, float]:
     return tuple(-math.expm1(-2 * row[name] / row["num_coordinates"]) for name in ("nats", "low", "high"))
 
 
+def unit_of(target: str) -> str:
+    """Return what :func:`information` says of a target, for an axis."""
+    return "R² of the input" if target == "pixels" else "share of the entropy told"
+
+
 def of_layers(rows: Iterable[Row]) -> list[Row]:
     """Return rows of single layers in forward order, without that of all layers together."""
     return sorted((row for row in rows if row["layer"] != ALL), key=lambda row: row["place"])

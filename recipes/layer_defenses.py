@@ -18,8 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from image_tables import grid, publish
+from image_tables import publish
 from layer_cases import (
     Case,
     LayerStudyConfig,
@@ -29,6 +28,7 @@ from layer_cases import (
     prepare_all,
     study_folder,
     training_cases,
+    unit_of,
 )
 from matplotlib.figure import Figure
 
@@ -37,10 +37,9 @@ from lmleak.defenses.privacy import epsilon
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.layers import Row
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import INK, LINE_COLOURS, house_style, light_grid, whiskers
 
 GROUPS = ("latent", "original")
-COLOURS = (BLUE, VERMILION, ORANGE, PURPLE, SKY, INK, GREY)
 DELTA = 1e-4
 
 
@@ -119,13 +118,12 @@ def figure(entries: Sequence[Row]) -> Figure:
     with house_style():
         drawing = Figure(figsize=(4.3 * (len(targets) + 1), 4.6), layout="constrained")
         panels = drawing.subplots(1, len(targets) + 1)
-        for layer, colour in zip(layers, COLOURS, strict=False):
+        for layer, colour in zip(layers, LINE_COLOURS, strict=False):
             own = [e for e in entries if e["layer"] == layer]
             x = [defenses.index(e["defense"]) for e in own]
             for axes, target in zip(panels, targets, strict=False):
-                y = np.array([[e[target], e[f"{target} low"], e[f"{target} high"]] for e in own])
-                spread = np.clip([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0, None)
-                axes.errorbar(x, y[:, 0], spread, fmt="o-", ms=4, lw=1, capsize=2, color=colour, label=layer)
+                y, low, high = ([e[name] for e in own] for name in (target, f"{target} low", f"{target} high"))
+                axes.errorbar(x, y, whiskers(y, low, high), fmt="o-", ms=4, lw=1, capsize=2, color=colour, label=layer)
         first = [e for e in entries if e["layer"] == layers[0]]
         panels[-1].plot(
             [defenses.index(e["defense"]) for e in first], [e["model accuracy"] for e in first], "o-", color=INK
@@ -133,11 +131,11 @@ def figure(entries: Sequence[Row]) -> Figure:
         panels[-1].set_ylabel("accuracy on the private half")
         panels[-1].set_ylim(0, 1.03)
         for axes, target in zip(panels, targets, strict=False):
-            axes.set_ylabel(f"{target}: " + ("R² of the input" if target == "pixels" else "share of the entropy told"))
+            axes.set_ylabel(f"{target}: {unit_of(target)}")
         for axes in panels:
             axes.set_xticks(range(len(defenses)), defenses, rotation=50, ha="right")
             axes.set_xlabel("defense")
-            grid(axes)
+            light_grid(axes)
         drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return drawing
 

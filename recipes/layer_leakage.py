@@ -22,7 +22,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from image_tables import as_csv, grid, publish
+import numpy as np
+from image_tables import as_csv, publish
 from layer_cases import (
     LayerStudyConfig,
     information,
@@ -41,10 +42,9 @@ from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.layers import Row
 from lmleak.evaluation.layers_order import layer_scores, rank_agreement
 from lmleak.files import write_text_atomically
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import GREY, LINE_COLOURS, house_style, light_grid, whiskers
 
 GROUPS = ("sensitivity", "subspace", "mean-difference", "latent", "original")
-COLOURS = (BLUE, VERMILION, ORANGE, PURPLE, SKY, INK, GREY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,21 +161,19 @@ def figure(rows: Sequence[Row]) -> Figure:
                 own = [r for r in rows if (r["source"], r["model"], r["group"]) == (source, model, group)]
                 family = own[-1]["family"]
                 targets = list(dict.fromkeys(r["target"] for r in own))
-                for target, colour in zip(targets, COLOURS, strict=False):
+                for target, colour in zip(targets, LINE_COLOURS, strict=False):
                     for epochs in stages:
                         layers = of_layers(r for r in own if (r["target"], r["epochs"], r["family"]) ==
                                            (target, epochs, family))  # fmt: skip
-                        values = [information(r) for r in layers]
-                        middle = [v[0] for v in values]
-                        spread = [[max(0, v[0] - v[1]) for v in values], [max(0, v[2] - v[0]) for v in values]]
+                        values = np.array([information(r) for r in layers]).T
                         axes.errorbar(
-                            range(len(layers)), middle, spread, fmt="o-" if epochs else "o:", ms=3.5, lw=1.2,
-                            color=GREY if target == COIN else colour, capsize=2,
+                            range(len(layers)), values[0], whiskers(*values), fmt="o-" if epochs else "o:", ms=3.5,
+                            lw=1.2, color=GREY if target == COIN else colour, capsize=2,
                             label=f"{target}, {f'{epochs} epochs' if epochs else 'untrained'}",
                         )  # fmt: skip
                 axes.set_xticks(range(len(layers)), [r["layer"] for r in layers], rotation=70, fontsize=8)
                 axes.axhline(0, color=GREY, lw=0.6)
-                grid(axes)
+                light_grid(axes)
                 axes.legend(fontsize=6.5)
             panels[0, place].set_title(f"{source} / {model}")
             panels[1, place].set_xlabel("layer, input to output")

@@ -24,7 +24,7 @@ from statistics import fmean
 
 import torch
 from image_study_parts import LOCAL, LocalAttacker
-from image_tables import as_csv, as_markdown, grid
+from image_tables import as_csv, as_markdown
 from matplotlib.figure import Figure
 
 from lmleak.attacks import parse_attack
@@ -43,7 +43,7 @@ from lmleak.evaluation.image_study import (
 from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, eigen_directions
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style, light_grid
 from lmleak.report.image_grid import image_grid
 from lmleak.report.rows import compact
 from lmleak.types import Batch
@@ -209,7 +209,7 @@ def law_figure(rows: Sequence[dict], *, published: bool) -> Figure:
             axes.set_xlabel(r"eigenvalue $\lambda_i$ of $A = J J^T$  (gradient² / x²)")
             axes.set_ylabel("MSE (squared units of normalised pixels)" if not place else "")
             axes.set_xlim(ends)
-            grid(axes)
+            light_grid(axes)
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(norms) == 1 else 4)
     return figure

@@ -46,7 +46,7 @@ from lmleak.gradients import capture_gradient
 from lmleak.influence.recovery import METHODS, RecoveryPredictor
 from lmleak.metrics import calibration_error
 from lmleak.metrics.calibration import BINS
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style, light_grid
 
 PAIRS = (
     ("gaussian", "local-map"),
@@ -238,7 +238,7 @@ def figure(rows: list[dict]) -> Figure:
             axes.set_xlabel("noise (multiples of the gradient's rms)")
             axes.set_ylabel("share of tokens recovered")
             axes.set_ylim(-0.04, 1.06)
-            axes.grid(color="#E4E7EB", linewidth=0.8)
+            light_grid(axes)
         for place, (method, attacker, colour) in enumerate(
             (("substitution", "local-discrete", BLUE), ("gaussian", "local-map", VERMILION))
         ):
@@ -255,7 +255,7 @@ def figure(rows: list[dict]) -> Figure:
             axes.set_title(f"{method} against {attacker}")
             axes.set_xlabel("predicted probability (number: tokens in the bin)")
             axes.set_ylabel("measured share recovered")
-            axes.grid(color="#E4E7EB", linewidth=0.8)
+            light_grid(axes)
         handles, labels = drawing.axes[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower center", ncols=3)
     return drawing

@@ -12,7 +12,7 @@ from rich.table import Table
 from spectral_report import as_csv
 
 from lmleak.files import write_bytes_atomically, write_text_atomically
-from lmleak.report.drawing import BLUE, ORANGE, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, ORANGE, VERMILION, encode, house_style, light_grid
 
 COLOURS = {"noise": BLUE, "regularizer": VERMILION, "dp": ORANGE}
 
@@ -101,7 +101,7 @@ def curves(entries: list[dict]) -> Figure:
             axes.set_xlabel("accuracy on test images")
             axes.set_ylabel(label)
             axes.set_title(title)
-            axes.grid(color="#E4E7EB", linewidth=0.8)
+            light_grid(axes)
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
             title="numbers: first and last sigma, budget r, noise multiplier; bars: 95 % over trainings",

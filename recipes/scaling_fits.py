@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from image_tables import drawable, grid, mean
+from image_tables import drawable, mean
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 
 RESAMPLES = 1000
 COLOURS = (BLUE, ORANGE, PURPLE, VERMILION, SKY, INK, GREY)
@@ -185,7 +185,7 @@ def draw_laws(rows: Sequence[Mapping], laws: Sequence[Mapping]) -> Figure:
         right.set(xscale="log", yscale="log" if any_half else "linear", xlabel="parameters without embeddings",
                   ylabel="noise (multiples of the gradient's rms)", title="Noise that halves recovery")  # fmt: skip
         for axes in (left, middle, right):
-            grid(axes)
+            light_grid(axes)
             axes.legend()
     return figure
 

@@ -27,14 +27,14 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from image_tables import grid, publish
+from image_tables import publish
 from matplotlib.figure import Figure
 from scaling_worker import WorkConfig
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation import exit_status
-from lmleak.report.drawing import BLUE, GREY, ORANGE, house_style
+from lmleak.report.drawing import BLUE, GREY, ORANGE, house_style, light_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,7 +164,7 @@ def draw(entries: list[dict], unit: str) -> Figure:
         right.set(xlabel="processes", ylabel="efficiency", title="Efficiency", ylim=(0, 1.15))
         for axes in (left, right):
             axes.set_xticks(sorted({e["processes"] for e in entries}))
-            grid(axes)
+            light_grid(axes)
             axes.legend()
     return figure
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmleak.evaluation.image_attack import images_of
 from lmleak.files import write_bytes_atomically, write_text_atomically
-from lmleak.report.drawing import BLUE, GREY, ORANGE, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, GREY, ORANGE, VERMILION, encode, house_style, light_grid
 from lmleak.report.image_grid import image_grid
 
 UNAWARE = ("dlg", "gs", "gauss-newton")
@@ -117,7 +117,7 @@ def curves(entries: list[dict], blind: float) -> Figure:
         for axes in (left, right):
             axes.axhline(blind, color=GREY, linewidth=0.9, label="the mean image")
             axes.set_yscale("log")
-            axes.grid(color="#E4E7EB", linewidth=0.8)
+            light_grid(axes)
         left.set_xscale("log")
         left.set_xlabel("expected norm of the noise (times the gradient's)")
         left.set_ylabel("RMSE of the best attacker (normalised pixels)")

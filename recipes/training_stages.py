@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from image_influence_measures import CURVATURES, linearized, local_rmse, predictions
-from image_influence_report import LINES, as_csv, bootstrap
+from image_influence_report import as_csv, bootstrap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +53,7 @@ from lmleak.evaluation.image_study import (
 from lmleak.files import write_bytes_atomically, write_tensors_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.lookup import lookup
-from lmleak.report.drawing import BLUE, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style
+from lmleak.report.drawing import BLUE, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
 from lmleak.types import Batch
 
 TRAINING = ("model", "initialization", "epochs", "learning_rate", "train_batch_size", "seed", "normalization")
@@ -252,8 +252,7 @@ def figure(entries: list[dict]) -> Figure:
         for axes in panels:
             axes.set_xticks(range(len(first)), [e["epoch"] for e in first])
             axes.set_xlabel("epochs trained")
-            axes.grid(color=LINES, linewidth=0.8)
-            axes.set_axisbelow(True)
+            light_grid(axes)
         drawing.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return drawing
 

@@ -6,7 +6,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from image_study_parts import LOCAL
-from image_tables import grid
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -16,7 +15,7 @@ from scipy.stats import spearmanr
 from lmleak.evaluation.image_attack import images_of
 from lmleak.evaluation.image_study import ImageStudy
 from lmleak.metrics import rank_correlation
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 from lmleak.report.image_grid import image_grid
 from lmleak.report.rows import compact
 
@@ -208,7 +207,7 @@ def unfairness_figure(rows: Sequence[dict], classes: Sequence[dict]) -> Figure:
         right.set_ylabel("predicted RMSE, unbiased (same unit)")
         right.set_title("Confidence and risk")
         for axes in figure.axes:
-            grid(axes)
+            light_grid(axes)
         handles = [h for axes in (left, middle) for h in axes.get_legend_handles_labels()[0]]
         figure.legend(handles=handles, loc="outside lower center", ncols=4 if measured else 2)
     return figure

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from lmleak.errors import DataError
 from lmleak.metrics import bootstrap_mean, paired_bootstrap
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
 from lmleak.report.rows import compact
 
 GROUP = ("model", "data", "batch_size", "defense")
@@ -238,8 +238,7 @@ def _panel(axes: Axes, entries: Sequence[Mapping], attacks: Sequence[str], sizes
     axes.set_yticks(range(len(attacks)), attacks)
     axes.set_ylim(len(attacks) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
-    axes.grid(axis="x", color="#E4E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
+    light_grid(axes, "x")
     axes.spines["right"].set_visible(False)
 
 

@@ -3,15 +3,21 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 
 # Okabe and Ito's colour-blind-safe set, with a purple of equal weight
 BLUE, SKY, ORANGE, VERMILION, PURPLE, INK, GREY = (
     "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#AA4488", "#1F2933", "#7B8794",
 )  # fmt: skip
 ATTACK_COLOURS = (VERMILION, PURPLE, ORANGE, GREY) * 8
+LINE_COLOURS = (BLUE, VERMILION, ORANGE, PURPLE, SKY, INK, GREY)
+GRID = "#E4E7EB"
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11,
@@ -38,6 +44,17 @@ def house_style() -> Iterator[None]:
     """
     with mpl.rc_context(STYLE):
         yield
+
+
+def light_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Draw a light grid behind everything else."""
+    axes.grid(axis=axis, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def whiskers(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> NDArray:
+    """Return the lengths of error bars from values (n,) to the ends of their intervals, (2, n), at least 0."""
+    return np.clip([np.subtract(values, low), np.subtract(high, values)], 0, None)
 
 
 def encode(figure: Figure, kind: str) -> bytes:

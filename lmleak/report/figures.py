@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmleak.metrics.agreement import bootstrap_mean
-from lmleak.report.drawing import ATTACK_COLOURS, BLUE, GREY, INK, house_style
+from lmleak.report.drawing import ATTACK_COLOURS, BLUE, GREY, INK, house_style, light_grid
 from lmleak.report.noise_curve import noise_figure
 from lmleak.report.rows import (
     Row,
@@ -68,8 +68,7 @@ def layer_figure(rows: Sequence[Row]) -> Figure | None:
         axes.set_xlim(0, 1.1 * reach)
         axes.set_xlabel("share of the information about the input, tr(J Jᵀ) (percent)")
         axes.spines["right"].set_visible(False)
-        axes.grid(axis="x", color="#E4E7EB", linewidth=0.8)
-        axes.set_axisbelow(True)
+        light_grid(axes, "x")
     return figure
 
 
@@ -112,8 +111,7 @@ def agreement_figure(rows: Sequence[Row]) -> Figure | None:
             points = _scatter(axes, rows, metric)
             axes.set_xlabel("I2F (RMS per coordinate, input units)")
             axes.spines["right"].set_visible(False)
-            axes.grid(color="#E4E7EB", linewidth=0.8)
-            axes.set_axisbelow(True)
+            light_grid(axes)
             if metric == "embedding_rmse":
                 axes.set_yscale("log")
                 axes.set_ylabel("embedding RMSE of the attack (input units)")

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.layers_protection import Curves
 from lmleak.evaluation.layers_settings import ALL, Row
-from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style
+from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid, whiskers
 
 COLUMNS = 3
 """Panels side by side."""
@@ -61,12 +61,10 @@ def layer_bars(scores: Sequence[LayerScores], rows: Sequence[Row]) -> Figure | N
 
 def _bars(axes: Axes, score: LayerScores, rows: Sequence[Row], layers: Sequence[str]) -> None:
     values = [score.values[layer] for layer in layers]
-    whiskers = [[], []]
-    for layer, value in zip(layers, values, strict=True):
-        low, high = interval_of(score, rows, layer)
-        whiskers[0].append(0 if low is None else max(value - low, 0))
-        whiskers[1].append(0 if high is None else max(high - value, 0))
-    drawn = {"xerr": whiskers, "error_kw": {"ecolor": INK, "capsize": 2}} if np.any(whiskers) else {}
+    ends = [interval_of(score, rows, layer) for layer in layers]
+    known = [(value, value) if None in pair else pair for value, pair in zip(values, ends, strict=True)]
+    reach = whiskers(values, *zip(*known, strict=True))
+    drawn = {"xerr": reach, "error_kw": {"ecolor": INK, "capsize": 2}} if reach.any() else {}
     axes.barh(range(len(layers)), values, color=PANEL[score.metric.about], height=0.7, **drawn)
     unit = f" ({score.metric.unit})" if score.metric.unit else ""
     axes.set_xlabel(f"{score.metric.title}{unit}" + (f": {score.target}" if score.target else ""), fontsize=9.5)
@@ -74,8 +72,7 @@ def _bars(axes: Axes, score: LayerScores, rows: Sequence[Row], layers: Sequence[
     axes.tick_params(labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.spines["right"].set_visible(False)
-    axes.grid(axis="x", color="#E4E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
+    light_grid(axes, "x")
     if not score.metric.rising:
         axes.set_title("less means more leaked", fontsize=9, fontweight="normal", color=GREY)
 
@@ -188,8 +185,7 @@ def _axes_of_panel(axes: Axes, panel: "Panel", curves: Curves) -> None:
     axes.set_ylabel(panel.label, fontsize=9.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["right"].set_visible(False)
-    axes.grid(color="#E4E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
+    light_grid(axes)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ from rich.console import RenderableType
 
 from lmleak.errors import DataError
 from lmleak.evaluation.layers_audit import LayersResult
-from lmleak.files import write_bytes_atomically
 from lmleak.report import layers_tables
-from lmleak.report.drawing import encode
 from lmleak.report.layers_figures import agreement_matrix, layer_bars, residual_curves
-from lmleak.report.page import embedded_figure, strict_json
+from lmleak.report.page import embedded_figure, write_files
 from lmleak.report.provenance import reproduce_section
 
 ALTERNATIVES = {
@@ -61,17 +59,7 @@ def write_layers_report(result: LayersResult) -> Path:
             for name, steps in left.items()
         },
     }  # fmt: skip
-    contents: dict[str, bytes | None] = {"summary.json": strict_json(summary).encode()}
-    for name, figure in drawn.items():
-        for kind in ("png", "pdf"):
-            contents[f"figures/{name}.{kind}"] = encode(figure, kind) if figure else None
-    contents["report.html"] = render(result, summary, drawn).encode()  # last: it refers to all the others
-    for name, content in contents.items():
-        if content is None:  # nothing to draw: leave no figure of an earlier run beside this page
-            (result.folder / name).unlink(missing_ok=True)
-        else:
-            write_bytes_atomically(result.folder / name, content)
-    return result.folder / "report.html"
+    return write_files(result.folder, summary, drawn, render(result, summary, drawn))
 
 
 def render(result: LayersResult, summary: Mapping[str, Any], drawn: Mapping[str, Figure | None]) -> str:

@@ -10,7 +10,7 @@ from lmleak.evaluation.layers_order import LayerScores
 from lmleak.evaluation.layers_protection import FORWARD, Curves
 from lmleak.evaluation.layers_settings import Row
 from lmleak.report.layers_figures import SHOWN_SCORES, interval_of, mean_of, whole_information
-from lmleak.report.rows import compact, percent
+from lmleak.report.rows import bracketed, compact, percent
 
 SIGNIFICANT = 0.05
 WIDEST = 8  # layers that a console shows side by side
@@ -111,7 +111,7 @@ def _spread(scores: Mapping[str, Any]) -> str:
     if low is None or high is None:
         return ""
     write = percent if name == "token_recall" else compact
-    return f" <small>[{write(low)}, {write(high)}]</small>"
+    return bracketed(low, high, write)
 
 
 def score_table(scores: Sequence[LayerScores], rows: Sequence[Row], layers: Mapping[str, int]) -> str:
@@ -137,7 +137,7 @@ def _score_cell(score: LayerScores, rows: Sequence[Row], layer: str) -> str:
     row = score.row(rows, layer)
     text = compact(score.values[layer])
     if low is not None:
-        text += f" <small>[{compact(low)}, {compact(high)}]</small>"
+        text += bracketed(low, high)
     if row.get("p_value") is not None:
         text += f" <small>p = {row['p_value']:.3f}</small>"
     if row.get("converged") is False:
@@ -184,8 +184,7 @@ def _together(layers: Sequence[str]) -> str:
 
 
 def _left(information: Mapping[str, Any]) -> str:
-    low, high = compact(information["low"]), compact(information["high"])
-    return f"{compact(information['nats'])} <small>[{low}, {high}]</small>"
+    return compact(information["nats"]) + bracketed(information["low"], information["high"])
 
 
 def layers_table(scores: Sequence[LayerScores], layers: Mapping[str, int]) -> Table:

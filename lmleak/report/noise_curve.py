@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmleak.report.drawing import ATTACK_COLOURS, BLUE, GREY, INK, SKY, VERMILION, house_style
+from lmleak.report.drawing import ATTACK_COLOURS, BLUE, GREY, GRID, INK, SKY, VERMILION, house_style
 from lmleak.report.rows import (
     METRICS,
     Row,
@@ -78,7 +78,7 @@ def noise_figure(rows: Sequence[Row]) -> Figure | None:
         left.tick_params(axis="y", which="both", colors=BLUE)
         right.tick_params(axis="y", which="both", colors=VERMILION)
         right.set_ylim(-0.03, 1.06)
-        left.grid(axis="x", color="#E4E7EB", linewidth=0.8)
+        left.grid(axis="x", color=GRID, linewidth=0.8)
         _place_levels(left, levels, bare)
         left.yaxis.set_visible(predicted)
         right.yaxis.set_visible(attacked)

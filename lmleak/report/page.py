@@ -40,14 +40,28 @@ def write_report(rows: Sequence[Row], meta: Mapping[str, Any], folder: str | os.
     Returns:
         Path of the page.
     """
-    folder = Path(folder)
     summary = summarise(rows, meta)
     drawn = {name: draw(rows) for name, draw in figures.FIGURES.items()}
+    return write_files(Path(folder), summary, drawn, render(rows, summary, drawn))
+
+
+def write_files(folder: Path, summary: Mapping[str, Any], drawn: Mapping[str, Figure | None], page: str) -> Path:
+    """Write the parts of a report; all are rendered before the first is put in place.
+
+    Args:
+        folder: Where to write; created if absent.
+        summary: Content of summary.json.
+        drawn: Figures by name, None where there is nothing to draw.
+        page: Content of report.html.
+
+    Returns:
+        Path of the page.
+    """
     contents: dict[str, bytes | None] = {"summary.json": strict_json(summary).encode()}
     for name, figure in drawn.items():
         for kind in ("png", "pdf"):
             contents[f"figures/{name}.{kind}"] = encode(figure, kind) if figure else None
-    contents["report.html"] = render(rows, summary, drawn).encode()  # last: it refers to all the others
+    contents["report.html"] = page.encode()  # last: it refers to all the others
     for name, content in contents.items():
         if content is None:  # nothing to draw: leave no figure of an earlier run beside this page
             (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Reading result rows: one place that knows their schema, missing values and order."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -172,6 +172,11 @@ def compact(value: float | None, digits: int = 2) -> str:
         return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def bracketed(low: float, high: float, write: Callable[[float], str] = compact) -> str:
+    """Return an interval as it follows a number in a table cell, in small print, as HTML."""
+    return f" <small>[{write(low)}, {write(high)}]</small>"
 
 
 def percent(value: float | None) -> str:

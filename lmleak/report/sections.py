@@ -10,6 +10,7 @@ from lmleak.report.rows import (
     METRICS,
     PREDICTORS,
     Row,
+    bracketed,
     by_defense,
     by_noise,
     display_name,
@@ -191,7 +192,7 @@ def _correlation_cell(entry: Mapping[str, Any] | None) -> str:
         return f"– <small>{escape(entry['note'])}</small>" if entry else "–"
     if entry["low"] is None:
         return f"{_signed(entry['value'])} <small>{escape(entry['note'])}</small>"
-    return f"{_signed(entry['value'])} <small>[{_signed(entry['low'])}, {_signed(entry['high'])}]</small>"
+    return _signed(entry["value"]) + bracketed(entry["low"], entry["high"], _signed)
 
 
 def _signed(value: float) -> str:
