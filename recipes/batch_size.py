@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lmleak.adapters import VisionAdapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, parse_attack
 from lmleak.attacks.image_newton import GaussNewton
 from lmleak.config import parse_config
@@ -40,7 +41,7 @@ from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
-from lmleak.evaluation.image_study import TASK, ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
+from lmleak.evaluation.image_study import ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, eigen_directions, expected_by_example
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, house_style, light_grid
@@ -80,11 +81,11 @@ class BatchSizeConfig(ImageStudyConfig):
             raise ConfigError(f"batch_sizes must be different integers of at least 1, got {self.batch_sizes}")
         if not 0 < self.noise_std < float("inf"):
             raise ConfigError(f"noise_std must be positive and finite, got {self.noise_std}")
-        names = [parse_attack(spec, task=TASK).name for spec in self.attacks]
+        names = [parse_attack(spec, task=IMAGE_TASK).name for spec in self.attacks]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"attacks must hold each of at least one attack once, got {self.attacks}")
         for spec in self.attacks:
-            if parse_attack(spec, task=TASK).labels != "given":
+            if parse_attack(spec, task=IMAGE_TASK).labels != "given":
                 raise ConfigError(f"{spec}: leave labels out, both of its values are studied")
 
 
@@ -99,7 +100,7 @@ def rank_limit(adapter: VisionAdapter, coordinates: int) -> int:
 
 def attacker(spec: str, labels: str, noise_std: float, prior_std: float) -> Attack:
     """Return an attack with its labels; Gauss-Newton weighs the prior as the noise demands."""
-    attack = replace(parse_attack(spec, task=TASK), labels=labels)
+    attack = replace(parse_attack(spec, task=IMAGE_TASK), labels=labels)
     if isinstance(attack, GaussNewton):
         return replace(attack, prior_weight=(noise_std / prior_std) ** 2)
     return attack

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lmleak.adapters import ARCHITECTURES, VisionAdapter, adapt, image_model, load_adapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.attacks.meter import Meter
 from lmleak.config import parse_config
@@ -40,7 +41,6 @@ from lmleak.data.images import load_images
 from lmleak.defenses import GaussianNoise
 from lmleak.errors import ConfigError, UnsupportedModelError
 from lmleak.evaluation import exit_status
-from lmleak.evaluation.image_study import TASK
 from lmleak.files import write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
@@ -118,9 +118,9 @@ def load(config: EfficiencyConfig, model: str) -> tuple[VisionAdapter, Batch]:
         adapter = adapt(network, name=model, image_shape=network.image_shape)
         adapter.model.to(config.device)
     else:
-        adapter = load_adapter(model, task=TASK, device=config.device, seed=config.seed)
+        adapter = load_adapter(model, task=IMAGE_TASK, device=config.device, seed=config.seed)
     if not isinstance(adapter, VisionAdapter):
-        raise UnsupportedModelError(f"{model} is of task {adapter.task!r}; this study needs {TASK!r}")
+        raise UnsupportedModelError(f"{model} is of task {adapter.task!r}; this study needs {IMAGE_TASK!r}")
     channels, height, width = adapter.image_shape
     if height != width:
         raise UnsupportedModelError(f"{model} reads images of {height}x{width}; this study needs square ones")
@@ -136,7 +136,7 @@ def run(config: EfficiencyConfig, method: str, adapter: VisionAdapter, batch: Ba
     true = capture_gradient(adapter, batch, shared="all")
     noisy = GaussianNoise(std=NOISE * true.rms, seed=config.seed)(true)
     if method in ATTACKS:
-        attack = parse_attack(f"{method}(iterations={config.steps}, loss_tolerance=0)", task=TASK)
+        attack = parse_attack(f"{method}(iterations={config.steps}, loss_tolerance=0)", task=IMAGE_TASK)
         return {"steps": attack.run(adapter, noisy, seed=config.seed).cost.iterations}
     delta = noisy.perturbation_from(true)
     jacobian = GradientJacobian(adapter, batch, shared="all")

@@ -22,13 +22,13 @@ from image_influence_measures import CURVATURES, linearized, local_rmse, predict
 from image_influence_report import write_results
 from rich.console import Console
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.defenses import Release
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_study import (
-    TASK,
     ImageStudy,
     ImageStudyConfig,
     attack_rows,
@@ -86,7 +86,7 @@ class InfluenceConfig(ImageStudyConfig):
             if not values or not all(0 < value < math.inf for value in values):
                 raise ConfigError(f"{name} must be positive numbers and not empty, got {values}")
         for spec in self.attacks:
-            parse_attack(spec.replace(VARIANCE, "1"), task=TASK)
+            parse_attack(spec.replace(VARIANCE, "1"), task=IMAGE_TASK)
 
 
 def level_rows(

@@ -26,6 +26,7 @@ from image_tables import Entry, drawable, mean, publish, root_mean_square
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, parse_attack
 from lmleak.attacks.image_newton import GaussNewton
 from lmleak.config import parse_config
@@ -33,7 +34,7 @@ from lmleak.defenses import GaussianNoise, Prune, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
-from lmleak.evaluation.image_study import TASK, ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
+from lmleak.evaluation.image_study import ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
 from lmleak.gradients import capture_gradient
 from lmleak.influence import (
     CosineJacobian,
@@ -75,17 +76,17 @@ class PruningConfig(ImageStudyConfig):
             raise ConfigError(f"ratios must lie in [0, 1) and not be empty, got {self.ratios}")
         if not 0 <= self.noise < float("inf"):
             raise ConfigError(f"noise must be a finite number of at least 0, got {self.noise}")
-        names = [parse_attack(spec, task=TASK).name for spec in self.attacks]
+        names = [parse_attack(spec, task=IMAGE_TASK).name for spec in self.attacks]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"attacks must hold each of at least one attack once, got {self.attacks}")
         for spec in self.attacks:
-            if parse_attack(spec, task=TASK).mask_zeros != "auto":
+            if parse_attack(spec, task=IMAGE_TASK).mask_zeros != "auto":
                 raise ConfigError(f"{spec}: leave mask_zeros out, both of its values are studied")
 
 
 def attacker(spec: str, kind: str, noise_std: float, prior_std: float) -> Attack:
     """Return an attack as the naive or the mask-aware attacker."""
-    attack = replace(parse_attack(spec, task=TASK), mask_zeros=kind == "mask-aware")
+    attack = replace(parse_attack(spec, task=IMAGE_TASK), mask_zeros=kind == "mask-aware")
     if kind == "mask-aware" and isinstance(attack, GaussNewton):
         return replace(attack, prior_weight=(noise_std / prior_std) ** 2)
     return attack
@@ -119,7 +120,7 @@ def sample_rows(config: PruningConfig, study: ImageStudy, sample: int) -> list[d
             "effective_rank": risk.effective_rank,
         }  # fmt: skip
         for spec in config.attacks:
-            cosine = parse_attack(spec, task=TASK).name in COSINE
+            cosine = parse_attack(spec, task=IMAGE_TASK).name in COSINE
             predicted = {
                 "naive": naive if cosine else risk.naive.rms,
                 "mask-aware": aware.rms if cosine else risk.aware.rms,

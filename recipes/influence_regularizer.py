@@ -43,6 +43,7 @@ from regularizer_report import write_report
 from torch import Tensor
 
 from lmleak.adapters import VisionAdapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, make_attack
 from lmleak.config import parse_config
 from lmleak.defenses import Defense, GaussianNoise, derived_seed
@@ -51,7 +52,7 @@ from lmleak.defenses.privacy import epsilon
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
-from lmleak.evaluation.image_study import TASK, ImageStudyConfig, image_study, study_folder, study_images
+from lmleak.evaluation.image_study import ImageStudyConfig, image_study, study_folder, study_images
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, eigen_directions
 
@@ -209,9 +210,9 @@ def server_update(
 def attackers(config: RegularizerConfig, std: float) -> dict[str, Attack]:
     """Return the attackers by name; both know the noise."""
     return {
-        "gs": make_attack("gs", task=TASK, iterations=config.attack_iterations, signs="always"),
+        "gs": make_attack("gs", task=IMAGE_TASK, iterations=config.attack_iterations, signs="always"),
         "gauss-newton": make_attack(
-            "gauss-newton", task=TASK, iterations=config.newton_iterations, prior_weight=std**2 / PRIOR_STD**2
+            "gauss-newton", task=IMAGE_TASK, iterations=config.newton_iterations, prior_weight=std**2 / PRIOR_STD**2
         ),
     }
 

@@ -24,6 +24,7 @@ from image_tables import as_csv, as_markdown
 from initialization_report import initialization_entries, initialization_figure, order_entries
 
 from lmleak.adapters.image_initialization import INITIALIZATIONS
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.defenses import GaussianNoise, derived_seed
@@ -31,7 +32,6 @@ from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.image_study import (
-    TASK,
     ImageStudy,
     ImageStudyConfig,
     image_study,
@@ -84,7 +84,7 @@ class InitializationConfig(ImageStudyConfig):
                 f"noise_draws must be at least 1 and batch_size 1, got {self.noise_draws} and {self.batch_size}"
             )
         for spec in self.attacks:
-            parse_attack(spec, task=TASK)
+            parse_attack(spec, task=IMAGE_TASK)
 
 
 def image_rows(config: InitializationConfig, study: ImageStudy, item: tuple[str, int, int]) -> list[dict]:
@@ -109,7 +109,7 @@ def image_rows(config: InitializationConfig, study: ImageStudy, item: tuple[str,
     # The prior bounds the condition of its steps, so that conjugate gradients end where an exact solve does.
     weight = config.noise_variance / prior.std**2
     attackers = {LOCAL: LocalAttacker(truth=adapter.input(batch), prior_weight=weight, solver="auto")}
-    attackers |= {spec: parse_attack(spec, task=TASK) for spec in config.attacks}
+    attackers |= {spec: parse_attack(spec, task=IMAGE_TASK) for spec in config.attacks}
     rows = []
     for draw in range(config.noise_draws):
         seed = derived_seed(study.sample_seed(sample), draw)

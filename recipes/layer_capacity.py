@@ -23,12 +23,12 @@ from layer_cases import LayerStudyConfig, Prepared, information, prepare_all, st
 from layer_models import MODELS
 from matplotlib.figure import Figure
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.defenses import derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
-from lmleak.evaluation.image_study import TASK
 from lmleak.evaluation.layers import ALL, Measure, Row
 from lmleak.gradients import capture_gradient
 from lmleak.leakage import VInformation, attack_information, learning_curve, v_information
@@ -70,7 +70,7 @@ class CapacityConfig(LayerStudyConfig):
             raise ConfigError(f"attacked must be 0 or at least 16, got {self.attacked}")
         if any(MODELS[case.partition(":")[2]].kind != "images" for case in self.cases):
             raise ConfigError(f"the families draw images, got cases={self.cases}")
-        parse_attack(self.attack, task=TASK)
+        parse_attack(self.attack, task=IMAGE_TASK)
 
 
 def row_of(case: Prepared, number: int, what: str, measure: Measure, found: VInformation) -> Row:
@@ -139,7 +139,7 @@ def family_rows(config: CapacityConfig, case: Prepared, number: int, measure: Me
 def attack_rows(config: CapacityConfig, case: Prepared, number: int) -> list[Row]:
     """Return what the attack tells of the pixels, alone and beside the linear family, on the attacked images."""
     analysis, shared = case.analysis, MODELS[case.case.model].shared
-    adapter, attack = analysis.adapter, parse_attack(config.attack, task=TASK)
+    adapter, attack = analysis.adapter, parse_attack(config.attack, task=IMAGE_TASK)
     chosen = analysis.chosen[: config.attacked]
     recovered = []
     for example in chosen:

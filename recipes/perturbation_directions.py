@@ -27,13 +27,13 @@ from image_study_parts import LOCAL, LocalAttacker
 from image_tables import as_csv, as_markdown
 from matplotlib.figure import Figure
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import images_of, scored_image_attack
 from lmleak.evaluation.image_study import (
-    TASK,
     ImageStudy,
     ImageStudyConfig,
     image_study,
@@ -89,7 +89,7 @@ class DirectionsConfig(ImageStudyConfig):
         if self.batch_size != 1:
             raise ConfigError(f"directions are those of one image; batch_size must be 1, got {self.batch_size}")
         for spec in self.attacks:
-            parse_attack(spec, task=TASK)
+            parse_attack(spec, task=IMAGE_TASK)
 
 
 # One direction --------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def direction_rows(
     }
     truth = study.adapter.input(batch)
     attackers = {LOCAL: LocalAttacker(truth=truth, iterations=local_iterations)} | {
-        spec: parse_attack(spec, task=TASK) for spec in attacks
+        spec: parse_attack(spec, task=IMAGE_TASK) for spec in attacks
     }
     rows = []
     for name, attacker in attackers.items():

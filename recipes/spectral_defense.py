@@ -34,13 +34,14 @@ from spectral_report import write_report
 from torch import Tensor
 
 from lmleak.adapters import VisionAdapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, make_attack
 from lmleak.config import parse_config
 from lmleak.defenses import GaussianNoise, Release
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import kept_images, scored_image_attack
-from lmleak.evaluation.image_study import TASK, ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
+from lmleak.evaluation.image_study import ImageStudy, ImageStudyConfig, image_study, study_folder, study_images
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, SpectralNoise, eigen_directions, spectral_noise
 from lmleak.influence.directions import posterior_variances
@@ -130,7 +131,7 @@ def defended(directions: EigenDirections, true: SharedGradient, defense: str, no
 
 def attackers(config: SpectralDefenseConfig, defense: str, norm: float, dx: int, size: int) -> dict[str, Attack]:
     """Return the attackers of a defense by name; all know the expected norm."""
-    make = partial(make_attack, task=TASK)
+    make = partial(make_attack, task=IMAGE_TASK)
     newton = partial(make, "gauss-newton", iterations=config.newton_iterations)
     chosen = {name: make(name, iterations=config.attack_iterations) for name in ("dlg", "gs")}
     chosen["gauss-newton"] = newton(prior_weight=norm**2 / size / PRIOR_STD**2)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.adapters import ARCHITECTURES, image_model
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.data.images import ImageData
@@ -42,7 +43,6 @@ from lmleak.defenses import GaussianNoise, Release, parse_defense
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_study import (
-    TASK,
     ImageStudy,
     ImageStudyConfig,
     attack_rows,
@@ -102,7 +102,7 @@ class StagesConfig(ImageStudyConfig):
             if not isinstance(parse_defense(spec), GaussianNoise):
                 raise ConfigError(f"defenses must be Gaussian noise, as gaussian(std=0.01, unit=rms); got {spec!r}")
         for spec in self.attacks:
-            parse_attack(spec, task=TASK)
+            parse_attack(spec, task=IMAGE_TASK)
 
 
 # Training --------------------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ from image_study_parts import LOCAL, LocalAttacker, classes_in_turn
 from image_tables import as_csv, as_markdown
 from unfairness_report import class_entries, grid_figure, number_entries, unfairness_figure
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.image_study import (
-    TASK,
     ImageStudy,
     ImageStudyConfig,
     image_study,
@@ -75,7 +75,7 @@ class UnfairnessConfig(ImageStudyConfig):
         if self.batch_size != 1:
             raise ConfigError(f"errors are those of one image; batch_size must be 1, got {self.batch_size}")
         for spec in self.attacks:
-            parse_attack(spec, task=TASK)
+            parse_attack(spec, task=IMAGE_TASK)
 
     @property
     def noise_std(self) -> float:
@@ -107,7 +107,7 @@ def image_rows(config: UnfairnessConfig, study: ImageStudy, model_seed: int, sam
         return rows
     weight = (config.noise_std / prior.std) ** 2
     attackers = {LOCAL: LocalAttacker(truth=adapter.input(batch), prior_weight=weight)}
-    attackers |= {spec: parse_attack(spec, task=TASK) for spec in config.attacks}
+    attackers |= {spec: parse_attack(spec, task=IMAGE_TASK) for spec in config.attacks}
     for name, attacker in attackers.items():
         seed = study.sample_seed(sample)
         scored = scored_image_attack(attacker, adapter, release.shared, batch, seed=seed, keep_images=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from lmleak.adapters.image_models import ARCHITECTURES, CIFAR, MNIST, ImageShape, image_model
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.data.images import NORMALIZATIONS
 from lmleak.errors import ConfigError
 from lmleak.lookup import lookup, suggest
@@ -73,7 +74,7 @@ def from_image_shape(path: str, shape: Mapping, seed: int) -> nn.Module:
     """
     if unknown := set(shape) - SHAPE_KEYS:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(SHAPE_KEYS))}")
-    if shape.get("task", "image-classification") != "image-classification":
+    if shape.get("task", IMAGE_TASK) != IMAGE_TASK:
         raise ConfigError(f"{path}: an architecture of ours has task image-classification, not {shape['task']!r}")
     weights = shape.get("weights")
     if weights is not None and shape.keys() & {"initialization", "seed"}:

@@ -28,7 +28,7 @@ from lmleak.adapters.image_load import (
     normalization_of,
 )
 from lmleak.adapters.image_models import ARCHITECTURES
-from lmleak.adapters.targets import TEXT_TASKS
+from lmleak.adapters.targets import IMAGE_TASK, TEXT_TASKS
 from lmleak.adapters.text import TextAdapter
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.data.embedded import REFERENCE_MODELS
@@ -40,14 +40,14 @@ MODEL_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
-    "image-classification": AutoModelForImageClassification,
+    IMAGE_TASK: AutoModelForImageClassification,
 }
 CLASS_SUFFIXES = {
     "ForSequenceClassification": "sequence-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
-    "ForImageClassification": "image-classification",
+    "ForImageClassification": IMAGE_TASK,
 }
 PEFT_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
 TOKENIZER_DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
@@ -90,7 +90,7 @@ def load_adapter(
             model, task, tokenizer = _from_shape(source, task, tokenizer, seed)
         else:
             model, task, tokenizer = _from_weights(source, name, task, tokenizer)
-    if task == "image-classification" and tokenizer is not None:
+    if task == IMAGE_TASK and tokenizer is not None:
         raise ConfigError(f"{name!r} classifies images and reads no text; drop tokenizer={tokenizer!r}")
     model = model.eval().to(device)
     return adapt(model, tokenizer=_load_tokenizer(tokenizer), task=task, name=name)
@@ -134,7 +134,7 @@ def adapt(
                 "...ForSequenceClassification, ...ForCausalLM or ...ForMaskedLM model, or task= (one of "
                 f"{', '.join(TEXT_TASKS)})"
             )
-        task = "image-classification"
+        task = IMAGE_TASK
     if task in TEXT_TASKS:
         adapter = TextAdapter(model, tokenizer, task=task, name=name)
         if task == "causal-lm" and not adapter.is_causal:
@@ -145,9 +145,9 @@ def adapt(
                 "task='sequence-classification', or give a decoder such as reference-gpt2"
             )
         return adapter
-    if task == "image-classification":
+    if task == IMAGE_TASK:
         return VisionAdapter(model, task=task, name=name, image_shape=image_shape, normalization=normalization)
-    raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, 'image-classification'])}")
+    raise ConfigError(f"unknown task {task!r}. {suggest(task, [*TEXT_TASKS, IMAGE_TASK])}")
 
 
 def _seed_weights(seed: int) -> None:
@@ -180,7 +180,7 @@ def _from_weights(source: str, name: str, task: str | None, tokenizer: str | Non
                 f"pass task=, one of {', '.join(MODEL_CLASSES)}"
             )
         model = MODEL_CLASSES[task].from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-        if task == "image-classification":
+        if task == IMAGE_TASK:
             model.image_shape, model.normalization = checkpoint_images(source, config)
     except (UnsupportedModelError, ConfigError):
         raise
@@ -221,9 +221,9 @@ def _from_peft(folder: str, task: str | None, tokenizer: str | None):
 
 
 def _image_task(origin: str, task: str | None) -> str:
-    if task not in (None, "image-classification"):
+    if task not in (None, IMAGE_TASK):
         raise ConfigError(f"{origin!r} classifies images and has no task {task!r}; drop task=")
-    return "image-classification"
+    return IMAGE_TASK
 
 
 def _from_shape(path: str, task: str | None, tokenizer: str | None, seed: int):
@@ -237,7 +237,7 @@ def _from_shape(path: str, task: str | None, tokenizer: str | None, seed: int):
         raise ConfigError(
             f"{path} is no shape file: expected a mapping with model_type and config, or with architecture (of images)"
         )
-    of_images = (task or shape.get("task")) == "image-classification"
+    of_images = (task or shape.get("task")) == IMAGE_TASK
     keys = SHAPE_KEYS | (IMAGE_KEYS if of_images else TEXT_KEYS)
     if unknown := set(shape) - keys:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}. {suggest(min(unknown), sorted(keys))}")

@@ -1,4 +1,4 @@
-"""What a language model is asked to predict: targets per task, and the loss on them.
+"""The tasks, and what a language model is asked to predict: targets per task, and the loss on them.
 
 Letters: B examples, T tokens, V vocabulary, C classes.
 """
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lmleak.types import IGNORE
 
 TEXT_TASKS = ("sequence-classification", "causal-lm", "masked-lm")
+IMAGE_TASK = "image-classification"
 MASKING_PROBABILITY = 0.15  # Devlin et al. 2019, arXiv:1810.04805, section 3.1
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lmleak.adapters.base import ModelAdapter, Prior
 from lmleak.adapters.checks import refuse_other_losses
 from lmleak.adapters.precision import KeepDouble
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch, Normalization
 
@@ -42,7 +43,7 @@ class VisionAdapter(ModelAdapter):
         self,
         model: nn.Module,
         *,
-        task: str = "image-classification",
+        task: str = IMAGE_TASK,
         name: str = "",
         image_shape: tuple[int, int, int] | None = None,
         normalization: Normalization | None = None,

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from lmleak.adapters.base import ModelAdapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks.bag import Bag
 from lmleak.attacks.base import Attack
 from lmleak.attacks.film import FILM
@@ -46,7 +47,7 @@ IMAGE_ATTACKS: dict[str, type[Attack]] = {
 
 def registry(task: str) -> dict[str, type[Attack]]:
     """Return the attacks on a task by name: ``IMAGE_ATTACKS`` for images, ``ATTACKS`` for text."""
-    return IMAGE_ATTACKS if task == "image-classification" else ATTACKS
+    return IMAGE_ATTACKS if task == IMAGE_TASK else ATTACKS
 
 
 def make_attack(name: str, *, task: str = "causal-lm", **options) -> Attack:

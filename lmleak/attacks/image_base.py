@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions, Attack
 from lmleak.attacks.descent import GRADIENT_NUMBERS, GRADIENTS_PER_STEP, kept_coordinates
@@ -53,7 +54,7 @@ class ImageAttack(Attack):
     to be sparsified (prune, topk)."""
 
     assumes: ClassVar[Assumptions] = Assumptions(
-        tasks=("image-classification",), lengths=False, labels=True, local_steps=True,
+        tasks=(IMAGE_TASK,), lengths=False, labels=True, local_steps=True,
         parameters="any that depend on the pixels", prior="the range of pixel values",
     )  # fmt: skip
     COUNTS: ClassVar[tuple[str, ...]] = ()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.adapters.vision import VisionAdapter
 from lmleak.attacks.base import Assumptions
 from lmleak.attacks.image_base import Distance, ImageAttack, ImageProblem
@@ -65,7 +66,7 @@ class GIAS(ImageAttack):
     name: ClassVar[str] = "gias"
     paper: ClassVar[str] = "Jeon et al. 2021, Gradient Inversion with Generative Image Prior, arXiv:2110.14962 (GIAS)"
     assumes: ClassVar[Assumptions] = Assumptions(
-        tasks=("image-classification",), lengths=False, labels=True, local_steps=True,
+        tasks=(IMAGE_TASK,), lengths=False, labels=True, local_steps=True,
         parameters="any that depend on the pixels", prior="public images like the private ones, in a trained decoder",
     )  # fmt: skip
     COUNTS: ClassVar[tuple[str, ...]] = ("latent_iterations", "restarts")

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import nn
 
 from lmleak.adapters import ARCHITECTURES, ModelAdapter, VisionAdapter, adapt, image_model, load_adapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.data.images import ImageData, load_images
 from lmleak.defenses import Release, derived_seed, parse_defense
@@ -21,7 +22,6 @@ from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import capture_gradient
 from lmleak.types import SINGLE_STEP, Aggregation, Batch
 
-TASK = "image-classification"
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -129,7 +129,7 @@ class ImageStudy:
         for defense in defenses:
             self.release(0, defense)
         for attack in attacks:
-            parse_attack(attack, task=TASK)
+            parse_attack(attack, task=IMAGE_TASK)
 
     def identity(self) -> dict[str, str]:
         """Return digests of what the settings name but do not fix: weights, images with labels, and this version."""
@@ -190,9 +190,11 @@ def image_study(
         network = image_model(model, shape, classes, initialization=initialization, seed=config.seed)
         adapter = _adapter_of(network, data, config.normalization, name or model)
     else:
-        adapter = load_adapter(model, task=TASK, device=device, seed=config.seed)
+        adapter = load_adapter(model, task=IMAGE_TASK, device=device, seed=config.seed)
     if not isinstance(adapter, VisionAdapter):
-        raise UnsupportedModelError(f"{adapter.name} is of task {adapter.task!r}; a study on images needs {TASK!r}")
+        raise UnsupportedModelError(
+            f"{adapter.name} is of task {adapter.task!r}; a study on images needs {IMAGE_TASK!r}"
+        )
     adapter.model.to(device, PRECISIONS[config.precision])
     return ImageStudy(adapter, data, config.samples, config.batch_size, config.shared, aggregation, config.seed)
 
@@ -243,8 +245,9 @@ def attack_rows(
         } | ({} if measure is None else measure(batch, release))
         for spec in attacks:
             key = "|".join(map(str, (*common.values(), sample, defense, spec)))
+            attack = parse_attack(spec, task=IMAGE_TASK)
             scored = scored_image_attack(
-                parse_attack(spec, task=TASK), study.adapter, release.shared, batch, seed=seed, keep_images=keep_images
+                attack, study.adapter, release.shared, batch, seed=seed, keep_images=keep_images
             )
             rows.append({"key": key} | common | measured | {"attack": spec} | scored)
     return rows

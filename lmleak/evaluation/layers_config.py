@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError
@@ -147,7 +148,7 @@ class LayersConfig:
 
     def protection_settings(self, task: str) -> ProtectionSettings:
         """Return how orders of protection are verified."""
-        usual = IMAGE_ATTACKS if task == "image-classification" else TEXT_ATTACKS
+        usual = IMAGE_ATTACKS if task == IMAGE_TASK else TEXT_ATTACKS
         attacks = usual if self.attacks is None else tuple(self.attacks)
         for spec in attacks:
             parse_attack(spec, task=task)

@@ -7,13 +7,14 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import ARCHITECTURES, ModelAdapter, TextAdapter, VisionAdapter, load_adapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.data import Examples, load_examples
 from lmleak.data.attributes import COIN, coin, text_attributes
 from lmleak.data.attributes_images import inject
 from lmleak.data.embedded import LABELS, messages
 from lmleak.data.images import ImageData, load_images
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
-from lmleak.evaluation.image_study import TASK, ImageStudyConfig, image_study
+from lmleak.evaluation.image_study import ImageStudyConfig, image_study
 from lmleak.evaluation.labels import class_numbers
 from lmleak.evaluation.layers_config import LayersConfig
 from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
@@ -42,7 +43,7 @@ def load_labelled(config: LayersConfig, state: PartialState) -> tuple[ModelAdapt
     device = str(state.device) if config.device == "auto" else config.device
     disable_progress_bar()  # of weight loading; the audit has its own
     if config.model in ARCHITECTURES:
-        if config.task not in (None, TASK):
+        if config.task not in (None, IMAGE_TASK):
             raise ConfigError(f"{config.model!r} is an architecture of images; it has no task {config.task!r}")
         data = load_images(config.data or "digits", split=config.split, size=config.image_size, limit=config.samples)
         settings = ImageStudyConfig(

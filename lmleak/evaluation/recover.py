@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lmleak.adapters import TextAdapter
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.errors import ConfigError
 from lmleak.evaluation.image_records import ImageRecords
@@ -18,8 +19,6 @@ from lmleak.evaluation.records import file_digest, json_lines, text_record
 from lmleak.files import refuse_unwritable, write_text_atomically
 from lmleak.gradients import SharedGradient
 from lmleak.types import ImageReconstruction, Normalization, Reconstruction
-
-IMAGE_TASK = "image-classification"
 
 
 @dataclass(frozen=True, kw_only=True)

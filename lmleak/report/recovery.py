@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.evaluation import AttackResult, CaptureResult, ScoreResult
 from lmleak.types import Aggregation
 
@@ -117,7 +118,7 @@ def _cells(columns: Mapping[str, str], score: Any, lamp: Any) -> list[str]:
 
 
 def _kind(task: str) -> str:
-    return "image" if task == "image-classification" else "text"
+    return "image" if task == IMAGE_TASK else "text"
 
 
 def _steps(aggregation: Aggregation) -> str:
