@@ -12,7 +12,7 @@ audit:  ## the main job on the embedded model and messages
 	.venv/bin/lmleak audit
 
 test:  ## all tests
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 quick-test:  ## tests without the slow and multi-process ones
 	$(PYTHON) -m pytest -m "not slow and not multiprocess and not network"

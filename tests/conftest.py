@@ -19,13 +19,8 @@ def _offline_and_quiet(tmp_path_factory):
     torch.set_num_threads(int(os.environ.get("LMLEAK_TEST_THREADS", "1")))
 
 
-def pytest_collection_modifyitems(config, items):
-    """Skip what needs a GPU where there is none, and keep together what must not run side by side."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            # A file's tests share their fixtures; launched processes all meet at one port.
-            group = "launch" if item.get_closest_marker("multiprocess") else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold parameters' names too, such as gpu.yaml's

@@ -1,13 +1,11 @@
 """The command line as a user meets it: exit status, messages, files."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from lmleak.cli import GATE_FAILED, REFUSED, main
+from tests.launching import python
 
 QUICK = [
     "--samples", "1", "--noise-levels", "--attacks", "span", "--probes", "0", "--max-products", "20",
@@ -90,10 +88,7 @@ def test_report_of_no_audit(tmp_path, capsys):
 
 
 def test_installed_command_answers():
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-m", "lmleak.cli", "audit", "--help"], capture_output=True, text=True, env=environment
-    )
+    finished = python("-m", "lmleak.cli", "audit", "--help")
     assert finished.returncode == 0
     assert "--noise-levels" in finished.stdout
     assert "multiples of the gradient's root mean square" in " ".join(finished.stdout.split())

@@ -1,11 +1,8 @@
 """capture, attack and score: from private texts to a file, from the file alone to texts, and how right they are."""
 
 import json
-import os
 import resource
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +19,7 @@ from lmleak.attacks.base import Assumptions, reconstruction
 from lmleak.cli import REFUSED, main
 from lmleak.data.embedded import REFERENCE_MODELS
 from lmleak.types import AttackCost
+from tests.launching import python
 
 TEXTS = ["my pin is 4426 call Ana now", "the rent is due on monday"]
 
@@ -220,10 +218,8 @@ def test_a_gradient_that_does_not_fit_on_the_disk_is_refused(folder, capsys, lim
 def test_printing_to_a_full_disk_is_refused(folder):
     (folder / "recovered.jsonl").write_text('{"text": "hello there"}\n')
     (folder / "private.txt").write_text("hello you\n")
-    command = [sys.executable, "-m", "lmleak.cli", "score", "recovered.jsonl", "private.txt"]
-    environment = os.environ | {"PYTHONPATH": str(Path(lmleak.__file__).parents[1])}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        done = python("-m", "lmleak.cli", "score", "recovered.jsonl", "private.txt", stdout=full, cwd=folder)
     assert done.returncode == REFUSED
     assert done.stderr == (
         "refused: cannot write the standard output: No space left on device; make room there or name another place\n"

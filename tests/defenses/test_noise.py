@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from scipy import stats
 
 from lmleak.defenses import Chain, Clip, GaussianNoise, LaplaceNoise, Quantize, derived_seed, unit_noise
 from lmleak.errors import ConfigError
+from tests.launching import environment, python
 
 NOISES = [GaussianNoise, LaplaceNoise]
 MANY = 400_000
@@ -100,10 +97,7 @@ def test_noise_is_the_same_in_another_process():
         "import torch; from lmleak.defenses import unit_noise; "
         "print([unit_noise('a.b', (5,), torch.float64, 12, d).tolist() for d in ('gaussian', 'laplace')])"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    other = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
-    )
+    other = python("-c", program, env=environment(PYTHONHASHSEED="77"))
     here = [unit_noise("a.b", (5,), torch.float64, 12, d).tolist() for d in ("gaussian", "laplace")]
     assert other.stdout.strip() == str(here)
 

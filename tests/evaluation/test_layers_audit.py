@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -17,8 +13,8 @@ from lmleak.evaluation.layers_audit import LayersConfig, run_layers
 from lmleak.evaluation.layers_data import load_labelled
 from lmleak.evaluation.run import process_state
 from lmleak.report.layers_page import read_layers_result, write_layers_report
+from tests.launching import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "layers").glob("*.yaml"))
 QUICK = [
     "--samples", "48", "--features", "16", "--folds", "2", "--permutations", "9", "--subspace", "2", "--steps", "2",
@@ -84,11 +80,8 @@ def test_the_same_command_goes_on_from_what_is_there_and_config_yaml_replays(fin
 @pytest.mark.slow
 def test_killed_while_measuring_and_while_hiding_it_gives_the_rows_of_an_uninterrupted_run(finished, tmp_path):
     argv = ["layers", *IMAGES, "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for stage, kept in (("rows", "shards"), ("row", "protection/shards")):
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, stage, *argv], env=environment, capture_output=True, text=True
-        )
+        killed = python("-c", KILLED, stage, *argv)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         (shard,) = (tmp_path / "out" / kept).glob("*.jsonl")
         assert len(shard.read_text().splitlines()) == 3

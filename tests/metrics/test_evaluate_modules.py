@@ -1,9 +1,6 @@
 """The ``evaluate`` wrappers equal the functions, by name, by file, combined, and without a network."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
@@ -15,6 +12,7 @@ import lmleak.metrics
 from lmleak.errors import ConfigError
 from lmleak.metrics import METRICS, evaluate_modules, load, score_strings
 from lmleak.metrics.text import Rouge
+from tests.launching import environment, python
 
 IDS = [[1, 2, 3], [4, 4], []], [[1, 2, 4], [4, 5], [7]]
 TEXTS = ["my pin is four", "call Ana", ""], ["my pin is two", "call Ana now.", "東京"]
@@ -126,13 +124,8 @@ print(json.dumps(results))
 
 def test_every_file_loads_by_its_path_without_a_network(tmp_path):
     # a process of its own: evaluate imports a copy of the file under a package name that it caches
-    root = str(Path(lmleak.metrics.__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_EVALUATE_OFFLINE": "1", "PYTHONPATH": path}
-    files = [str(FOLDER / f"{name}.py") for name in METRICS]
-    done = subprocess.run(
-        [sys.executable, "-c", BY_FILE, *files], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    files = [FOLDER / f"{name}.py" for name in METRICS]
+    done = python("-c", BY_FILE, *files, env=environment(HF_HOME=str(tmp_path)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert set(results) == {*METRICS, "combined"}

@@ -3,8 +3,6 @@
 import csv
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 from lmleak.attacks import ATTACKS
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
+from tests.launching import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "attack_comparison.py"
 TINY = [
     "--models", "reference-bert", "reference-gpt2", "--batch-sizes", "1", "2", "--samples", "2", "--max-length", "5",
@@ -101,13 +99,7 @@ def test_a_finished_run_is_summarised_again_and_other_settings_are_refused(recip
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_same_rows(study, tmp_path):
-    hardware = ROOT / "configs" / "accelerate" / "cpu2.yaml"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(hardware), str(RECIPE), *TINY,
-         "--output", str(tmp_path / "two"), "--processes", "2"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    done = launch(RECIPE, *TINY, "--output", tmp_path / "two", "--processes", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "two" / "shards").glob("rank-*.jsonl"))) == 2
     two, one = comparable(rows(tmp_path / "two")), comparable(rows(study))

@@ -4,10 +4,7 @@ import csv
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +12,9 @@ import torch
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from lmleak.gradients import capture_gradient
+from tests.launching import ROOT, launch
 from tests.recipes.test_influence_vs_attack import assert_same
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "defense_comparison.py"
 sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours
 recipe, report, settings = map(
@@ -228,12 +225,7 @@ def test_the_same_again(one_process, tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_same_rows(one_process, tmp_path):
-    hardware = str(ROOT / "configs" / "accelerate" / "cpu2.yaml")
-    finished = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", hardware, str(RECIPE), *TINY, "--output",
-         str(tmp_path / "two")], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    finished = launch(RECIPE, *TINY, "--output", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr
     assert len(list((tmp_path / "two" / "shards").glob("rank-*.jsonl"))) == 2
     assert_same(rows_of(tmp_path / "two"), rows_of(one_process))

@@ -3,11 +3,7 @@
 import csv
 import importlib
 import json
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +11,8 @@ import torch
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, DataError
+from tests.launching import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {
     "layer_leakage": "LeakageConfig", "layer_bridge": "BridgeConfig", "layer_aggregation": "AggregationConfig",
     "layer_defenses": "DefensesConfig", "layer_capacity": "CapacityConfig",
@@ -170,17 +166,9 @@ def test_leakage_of_a_tiny_network(recipe, tmp_path):
 def test_two_processes_give_the_rows_of_one(recipe, tmp_path):
     """Of a trained network too: one process trains and captures, all measure."""
     alone, _ = run(recipe, "layer_leakage", tmp_path / "one", "--epochs", "0", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     folder = tmp_path / "two" / "out"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml")]
-    done = subprocess.run(
-        [sys.executable, *launch, "--main_process_port", port, str(ROOT / "recipes/layer_leakage.py"), *TINY,
-         "--epochs", "0", "1", "--processes", "2", "--output", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+    arguments = [*TINY, "--epochs", "0", "1", "--processes", "2", "--output", folder]
+    done = launch(ROOT / "recipes/layer_leakage.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert len(list((folder / "shards").glob("rank-*.jsonl"))) == 2
     assert [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] == alone
