@@ -1,4 +1,4 @@
-"""A run of eight items over as many processes as were launched, with a fault to order; started by test_faults.py.
+"""A run of eight items over as many processes as were launched, with a fault to order; test_faults.py starts it.
 
     python faulty_run.py FOLDER FAULT
 

@@ -6,9 +6,6 @@ The processes are real, and really killed; ``faulty_run.py`` is what they run.
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,32 +16,18 @@ from hypothesis import strategies as st
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation import ResultFolder, finish, process_state, run_items
+from tests.evaluation import faulty_run
+from tests.launching import launch, start_by_hand
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-DRIVER = HERE / "faulty_run.py"
+DRIVER = Path(faulty_run.__file__)
 SOON = 120  # seconds for a faulty run on a busy machine; the waits it must not fall into are far longer
 
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
-
-
-def launch(folder: Path, fault: str, processes: int = 2) -> subprocess.CompletedProcess:
-    hardware = str(ROOT / "configs" / "accelerate" / f"cpu{processes}.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", hardware]
-    return subprocess.run(
-        [*command, "--main_process_port", str(free_port()), str(DRIVER), str(folder), fault],
-        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=SOON,
-    )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def run_alone(folder: Path) -> int:
+    """The same run on one process, without a fault; its exit status."""
+    return faulty_run.main([str(folder), "none"])
 
 
 def worked(folder: Path) -> list[int]:
@@ -65,18 +48,16 @@ def assert_complete(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fault", ["killed", "killed-early"])
-def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, fault):
-    """Also where the other process is busy: the launcher ends it, and nobody waits."""
+def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path):
+    """Though the other process is busy for an hour: the launcher ends it, and nobody waits."""
     folder = tmp_path / "out"
-    broken = launch(folder, fault)
+    broken = launch(DRIVER, folder, "killed-early", timeout=SOON)
     assert broken.returncode != 0
     assert not (folder / "results.jsonl").exists()
     kept = finished(folder)
     assert 4 in kept  # the first of process 1
-    assert set(kept) <= ({0, 1, 2, 3, 4} if fault == "killed" else {0, 4})  # process 0 may have been ended earlier
-    resumed = launch(folder, "none", processes=1)  # even on another number of processes
-    assert resumed.returncode == 0, resumed.stderr
+    assert set(kept) <= {0, 4}  # process 0 may have been ended before it finished any
+    assert run_alone(folder) == 0  # even on another number of processes
     assert_complete(folder)
     again = [i for i in range(8) if worked(folder).count(i) > 1]
     assert not set(again) & set(kept)  # what was finished was not done again
@@ -86,60 +67,55 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, fault):
 @pytest.mark.multiprocess
 def test_without_a_launcher_the_survivor_says_so_and_ends(tmp_path):
     """As on two machines, where each launcher watches its own processes alone."""
-    folder, port = tmp_path / "out", str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(DRIVER), str(folder), "killed"], text=True, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="1"),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    folder = tmp_path / "out"
+    processes = start_by_hand(DRIVER, folder, "killed")
     try:
         _, said = processes[0].communicate(timeout=SOON)
         assert processes[1].wait(timeout=SOON) == -signal.SIGKILL
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert processes[0].returncode == 2, said
     assert "refused: another of the 2 processes died" in said
     assert "run the same command again to resume" in said
     assert set(finished(folder)) == {0, 1, 2, 3, 4}
+    assert run_alone(folder) == 0
+    assert_complete(folder)
+    assert worked(folder) == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # 5 is where process 1 was killed
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_full_disk_is_a_refusal_by_all_and_the_run_resumes(tmp_path):
     folder = tmp_path / "out"
-    broken = launch(folder, "full")
+    broken = launch(DRIVER, folder, "full", timeout=SOON)
     assert broken.returncode != 0
     assert broken.stderr.count("refused: cannot write") == 2  # both processes say it, and neither waits
     assert "rank-1.jsonl: File too large; make room" in broken.stderr
     assert not (folder / "results.jsonl").exists()
-    resumed = launch(folder, "none")
-    assert resumed.returncode == 0, resumed.stderr
+    assert run_alone(folder) == 0
     assert_complete(folder)
     assert worked(folder) == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # 5 is what did not fit
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_a_corrupt_shard_stops_the_run_before_it_does_harm(tmp_path):
+def test_a_corrupt_shard_stops_the_run_before_it_does_harm(tmp_path, capsys):
     folder = tmp_path / "out"
-    launch(folder, "killed")
+    started = ResultFolder(folder, {"items": 8})
+    started.open()
+    for i in range(5):
+        started.append(i // 4, i, [faulty_run.row(i, faulty_run.ITEMS[i])])
     shard = folder / "shards" / "rank-0.jsonl"
     good = shard.read_bytes()
     shard.write_bytes(good.replace(b'"third": 0.3333', b'"third": 0.3433'))  # still JSON, and still a number
-    refused = launch(folder, "none", processes=1)
-    assert refused.returncode != 0
-    assert "rank-0.jsonl, line 2 is damaged" in refused.stderr
+    assert run_alone(folder) == 2
+    assert "rank-0.jsonl, line 2 is damaged" in capsys.readouterr().err
     assert not (folder / "results.jsonl").exists()
     lines = good.split(b"\n")
     shard.write_bytes(b"\n".join([lines[0], *lines[2:]]))  # as the message says
-    assert launch(folder, "none", processes=1).returncode == 0
+    assert run_alone(folder) == 0
     assert_complete(folder)
-    assert worked(folder).count(1) == 2
+    assert worked(folder) == [1, 5, 6, 7]
 
 
 class SlowToRead(ResultFolder):
@@ -217,11 +193,11 @@ def test_cut_anywhere_the_whole_lines_stay(tmp_path_factory, data):
     assert len(again.merge(range(3))) == 3
 
 
-def killed_at(path: Path, moment: str) -> None:
-    """Fork a process that makes or merges the folder and is killed at its n-th rename."""
+def killed_at(path: Path, rename_number: int) -> None:
+    """Fork a process that opens and merges the folder, and is killed at its rename of this number, from 0."""
     child = os.fork()
     if child == 0:
-        left, rename = int(moment.partition(":")[2]), os.replace
+        left, rename = rename_number, os.replace
 
         def replace(*arguments):
             nonlocal left
@@ -243,7 +219,7 @@ def killed_at(path: Path, moment: str) -> None:
 
 @pytest.mark.parametrize("rename", [0, 1])
 def test_killed_while_the_folder_is_made_it_can_still_be_made(tmp_path, rename):
-    killed_at(tmp_path / "out", f"open:{rename}")
+    killed_at(tmp_path / "out", rename)
     assert not (tmp_path / "out" / "config.yaml").exists()
     run, _ = three_items(tmp_path / "out")
     assert len(run.merge(range(3))) == 3
@@ -251,11 +227,11 @@ def test_killed_while_the_folder_is_made_it_can_still_be_made(tmp_path, rename):
 
 def test_killed_while_merging_there_are_old_results_or_new_ones(tmp_path):
     run, _ = three_items(tmp_path / "out")
-    killed_at(tmp_path / "out", "merge:2")
+    killed_at(tmp_path / "out", 2)  # after those of the two files of settings
     assert not (tmp_path / "out" / "results.jsonl").exists()
     assert len(run.merge(range(3))) == 3
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
-    killed_at(tmp_path / "out", "merge:2")
+    killed_at(tmp_path / "out", 2)
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
 

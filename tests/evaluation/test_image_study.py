@@ -1,11 +1,7 @@
 """What recipes on images stand on: batches, seeds, releases, rows; the same rows whoever computes them."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +12,13 @@ from lmleak.attacks import IMAGE_ATTACKS, make_attack
 from lmleak.data.images import ImageData
 from lmleak.defenses import derived_seed
 from lmleak.errors import ConfigError, DataError
-from lmleak.evaluation import process_state, run_items
+from lmleak.evaluation import finish, process_state, run_items
 from lmleak.evaluation.image_attack import images_of, kept_images, scored_image_attack
 from lmleak.evaluation.image_study import ImageStudyConfig, attack_rows, image_study, study_folder, study_images
 from lmleak.evaluation.scored import ATTACK_STREAM
 from lmleak.types import AttackCost, ImageReconstruction, Normalization
+from tests.launching import launch
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFENSES = ("none", "gaussian(std=0.1, unit=rms)")
 ATTACKS = ("dlg(iterations=2)", "gs(iterations=2)")
 
@@ -223,43 +219,31 @@ def test_a_finished_run_is_not_computed_again_and_other_inputs_are_refused(tmp_p
 
 RECIPE = """
 import sys, torch
-from lmleak.data.images import ImageData
-from lmleak.evaluation import finish, process_state, run_items
-from lmleak.evaluation.image_study import ImageStudyConfig, attack_rows, image_study, study_folder
-
+from tests.evaluation.test_image_study import small_run
 torch.set_num_threads(1)
-pixels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-data = ImageData(pixels, torch.arange(6) % 2, ("even", "odd"), "squares")
-config = ImageStudyConfig(samples=3, batch_size=2, device="cpu", output=sys.argv[1])
-state = process_state()
-study = image_study(config, "lenet", data, state)
-work = lambda number, sample: attack_rows(
-    study, sample, defenses=["gaussian(std=0.1, unit=rms)"], attacks=["gs(iterations=3)"], keep_images=True
-)
-run_items(range(3), work, study_folder(config, {"lenet": study}), state, label="attacking")
-finish(state)
+small_run(sys.argv[1])
 """
+
+
+def small_run(folder):
+    config = ImageStudyConfig(samples=3, batch_size=2, device="cpu", output=str(folder))
+    state = process_state()
+    study = image_study(config, "lenet", squares(), state)
+    work = lambda number, sample: attack_rows(
+        study, sample, defenses=["gaussian(std=0.1, unit=rms)"], attacks=["gs(iterations=3)"], keep_images=True
+    )
+    rows = run_items(range(3), work, study_folder(config, {"lenet": study}), state, label="attacking")
+    finish(state)
+    return rows
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_rows_of_one(tmp_path):
-    script = tmp_path / "recipe.py"
+    script, folder = tmp_path / "recipe.py", tmp_path / "two"
     script.write_text(RECIPE)
-    found = []
-    for hardware in ("cpu1", "cpu2"):
-        launcher = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(ROOT / f"configs/accelerate/{hardware}.yaml"),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        folder = tmp_path / hardware
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(folder)], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        assert len(list((folder / "shards").glob("rank-*.jsonl"))) == int(hardware[-1])
-        found.append([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()])
-    assert untimed(found[0]) == untimed(found[1])
+    done = launch(script, folder)
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "shards").glob("rank-*.jsonl"))) == 2
+    two = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert untimed(two) == untimed(json.loads(json.dumps(small_run(tmp_path / "one"))))

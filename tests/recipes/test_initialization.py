@@ -3,8 +3,6 @@
 import csv
 import importlib
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,16 +70,13 @@ def test_order_and_rank_correlations_are_those_of_the_rows(load):
     assert (entry["networks"], entry["images"]) == (3, 4)
 
 
-def test_a_tiny_run_gives_rows_tables_and_a_figure(tmp_path):
+def test_a_tiny_run_gives_rows_tables_and_a_figure(load, tmp_path):
     arguments = [
         "--initializations", "uniform", "xavier", "--model-seeds", "0", "1", "--samples", "2", "--noise-draws", "1",
         "--attacks", "gauss-newton(prior_weight=0.001, iterations=5)", "--device", "cpu", "--output",
         str(tmp_path / "out"),
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "recipes" / "initialization.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert load("initialization").main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert len(rows) == 2 * 2 * 2 * 2
     assert {row["attack"] for row in rows} == {"local", "gauss-newton(prior_weight=0.001, iterations=5)"}

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,15 +84,12 @@ def test_the_law_holds_within_15_percent_over_the_published_eigenvalues(recipe):
         assert row["ratio"] == pytest.approx(1, rel=0.15)
 
 
-def test_a_tiny_run_gives_rows_table_and_figures(tmp_path):
+def test_a_tiny_run_gives_rows_table_and_figures(recipe, tmp_path):
     arguments = [
         "--samples", "1", "--eigenvalues", "0.01", "--norms", "0.005", "--attacks", "gauss-newton(iterations=20)",
         "--device", "cpu", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "recipes" / "perturbation_directions.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert recipe.main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert [(row["sign"], row["attack"]) for row in rows] == [
         (sign, attack) for sign in ("1", "-1") for attack in ("local", "gauss-newton(iterations=20)")

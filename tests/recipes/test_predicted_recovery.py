@@ -3,8 +3,6 @@
 import csv
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,17 +39,13 @@ def test_wrong_settings_are_refused(recipe):
             parse_config(recipe.RecoveryConfig, arguments)
 
 
-@pytest.mark.slow
-def test_a_tiny_run_gives_rows_table_and_figure(tmp_path):
+def test_a_tiny_run_gives_rows_table_and_figure(recipe, tmp_path):
     arguments = [
         "--models", "reference-bert", "--samples", "2", "--max-length", "4", "--candidates", "8", "--noise-levels",
         "0.01", "1000", "--attack-levels", "0.01", "--attacks", "tag(iterations=5)", "--iterations", "5",
         "--measured-draws", "1", "--predicted-draws", "8", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "recipes" / "predicted_recovery.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert recipe.main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["noise_rms"] for row in rows] == [0.01, 1000.0] * 2
     clean, noisy = rows[0], rows[1]

@@ -3,9 +3,6 @@
 import csv
 import importlib
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +14,15 @@ from lmleak.evaluation.image_study import image_study, study_images
 from lmleak.influence import dense_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "real_weights.py"
 
 
-def test_the_gradient_of_a_smooth_network_is_linear_farther_than_that_of_relu(monkeypatch):
+@pytest.fixture
+def recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    recipe = importlib.import_module("real_weights")
+    return importlib.import_module("real_weights")
+
+
+def test_the_gradient_of_a_smooth_network_is_linear_farther_than_that_of_relu(recipe):
     settings = ["--data", "digits", "--samples", "1", "--precision", "float64", "--device", "cpu"]
     config = parse_config(recipe.WeightsConfig, settings)
 
@@ -47,19 +47,10 @@ def test_the_gradient_of_a_smooth_network_is_linear_farther_than_that_of_relu(mo
 
 
 @pytest.mark.parametrize("name", ["resnet20", "gpu"])
-def test_every_configuration_is_read_by_the_real_parser(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    recipe = importlib.import_module("real_weights")
+def test_every_configuration_is_read_by_the_real_parser(recipe, name):
     config = parse_config(recipe.WeightsConfig, ["--config", str(ROOT / "configs" / "real_weights" / f"{name}.yaml")])
     assert config.output == f"runs/real_weights/{name}"
     assert config.precision == "float64"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(RECIPE), *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
 
 
 def lines_of(folder: Path) -> list[dict[str, str]]:
@@ -67,12 +58,12 @@ def lines_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_tiny_run_gives_a_line_per_image_and_attack(tmp_path):
-    done = run(
+def test_a_tiny_run_gives_a_line_per_image_and_attack(recipe, tmp_path):
+    arguments = [
         "--model", "lenet", "--data", "digits", "--samples", "2", "--attacks", "gauss-newton(iterations=12)",
         "gs(iterations=3)", "--precision", "float64", "--exact", "1", "--noise", "1e-4", "--output", str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    assert recipe.main(arguments) == 0
     lines = lines_of(tmp_path)
     searches = ["local", "near(0.001)", "near(0.1)"]
     images = [line["image"] for line in lines]
@@ -94,9 +85,7 @@ def test_a_tiny_run_gives_a_line_per_image_and_attack(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-def test_the_share_of_determined_pixels_is_that_of_the_posterior(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    recipe = importlib.import_module("real_weights")
+def test_the_share_of_determined_pixels_is_that_of_the_posterior(recipe):
     settings = ["--model", "lenet", "--data", "digits", "--samples", "1", "--precision", "float64", "--device", "cpu"]
     config = parse_config(recipe.WeightsConfig, [*settings, "--pixel-std", "0.5"])
     study = image_study(config, config.model, study_images(config), process_state())
@@ -111,25 +100,28 @@ def test_the_share_of_determined_pixels_is_that_of_the_posterior(tmp_path, monke
     assert found["exact_bayes_rms"] == pytest.approx(math.sqrt(posterior.trace().item() / 64), rel=1e-9)
 
 
-def test_wrong_input_is_refused_in_a_line(tmp_path):
-    done = run("--model", "lenet", "--attacks", "span", "--output", str(tmp_path))
-    assert done.returncode == 2
-    assert "span" in done.stderr
-    assert "Traceback" not in done.stderr
-    refused = run("--exact", "-1", "--output", str(tmp_path))
-    assert refused.returncode == 2
-    assert "exact must be at least 0 and near positive" in refused.stderr
+def test_wrong_input_is_refused_in_a_line(recipe, tmp_path, capsys):
+    for arguments, said in (
+        (["--model", "lenet", "--attacks", "span"], "span"),
+        (["--exact", "-1"], "exact must be at least 0 and near positive"),
+    ):
+        assert recipe.main([*arguments, "--output", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("refused: ")
+        assert said in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_published_weights_leak_their_label_and_resist_these_attacks(real_data, tmp_path):
+def test_the_published_weights_leak_their_label_and_resist_these_attacks(recipe, real_data, tmp_path):
     weights = real_data / "resnet20-cifar10" / "resnet20-12fca82f.th"
     images = real_data / "cifar10-jpg" / "cifar10_test1000.npz"
-    done = run(
-        "--config", "configs/real_weights/resnet20.yaml", "--model", str(weights), "--data", str(images), "--samples",
-        "1", "--attacks", "lbfgs(iterations=50)", "--products", "30", "--exact", "0", "--output", str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    arguments = [
+        "--config", str(ROOT / "configs/real_weights/resnet20.yaml"), "--model", str(weights), "--data", str(images),
+        "--samples", "1", "--attacks", "lbfgs(iterations=50)", "--products", "30", "--exact", "0",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    assert recipe.main(arguments) == 0
     line = lines_of(tmp_path)[0]
     assert line["label_read"] == "True"
     assert 0 < float(line["I_lb_rms"]) <= float(line["CG_bound_rms"])

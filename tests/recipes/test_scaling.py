@@ -2,18 +2,15 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
+from tests.launching import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "scaling_study").glob("*.yaml"))
 
 
@@ -110,22 +107,13 @@ def test_shapes_have_the_parameters_that_they_are_named_for(study):
     assert adapter.weights_digest() != other.weights_digest()
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "recipes" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-
-
 @pytest.mark.slow
-def test_a_tiny_study_gives_rows_laws_and_a_figure(tmp_path):
-    done = run(
-        "scaling_study.py", "--shapes", "1x64", "2x64", "2x128", "--seeds", "1", "--samples", "2", "--max-length", "5",
+def test_a_tiny_study_gives_rows_laws_and_a_figure(study, tmp_path):
+    arguments = [
+        "--shapes", "1x64", "2x64", "2x128", "--seeds", "1", "--samples", "2", "--max-length", "5",
         "--noise-levels", "0.1", "1000", "--device", "cpu", "--output", str(tmp_path / "out"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    assert study.main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["shape"] for row in rows] == ["1x64", "2x64", "2x128"] * 2
     for row in rows:
@@ -138,18 +126,41 @@ def test_a_tiny_study_gives_rows_laws_and_a_figure(tmp_path):
     assert (tmp_path / "out" / "laws.png").stat().st_size > 10_000
 
 
+WORK = ["--samples", "4", "--steps", "10", "--max-length", "5", "--device", "cpu"]
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("split", ["examples", "probes", "restarts"])
-def test_two_processes_race_and_agree_bit_for_bit(tmp_path, split):
-    done = run(
-        "scaling_throughput.py", "--scaling", "strong", "--repeats", "1", "--samples", "4", "--steps", "10",
-        "--max-length", "5", "--device", "cpu", "--split", split, "--output", str(tmp_path / "out"),
+def test_two_processes_race_and_agree_bit_for_bit(throughput, tmp_path, monkeypatch):
+    """Of one process the results are there already, as of an interrupted race: two are launched."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    hardware = tmp_path / "cpu2.yaml"
+    hardware.write_text(
+        (ROOT / "configs/accelerate/cpu2.yaml").read_text() + f"main_process_port: {free_port()}\n"
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "out" / f"throughput-{split}.csv").read_text().splitlines()
+    alone = tmp_path / "examples" / "strong-1-0"
+    assert recipe("scaling_worker").main([*WORK, "--output", str(alone)]) == 0
+    race = ["--scaling", "strong", "--repeats", "1", "--hardware", str(hardware), "--output", str(tmp_path)]
+    assert throughput.main([*WORK, *race]) == 0
+    lines = (tmp_path / "throughput-examples.csv").read_text().splitlines()
     entries = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     assert [entry["processes"] for entry in entries] == ["1", "2"]
     assert all(entry["identical"] == "True" and float(entry["rate"]) > 0 for entry in entries)
-    times = json.loads((tmp_path / "out" / split / "strong-2-0" / "timing.json").read_text())
+    times = json.loads((tmp_path / "examples" / "strong-2-0" / "timing.json").read_text())
     assert all(process["done"] for process in times)  # both really worked
+
+
+@pytest.mark.parametrize(
+    ("split", "counted", "least"), [("probes", "products", 4 * 10), ("restarts", "gradients", 4 * 20)]
+)
+def test_work_on_one_text_says_what_it_did_and_when(tmp_path, split, counted, least):
+    """That two processes give the numbers of one is shown in tests/evaluation/test_split.py."""
+    assert recipe("scaling_worker").main([*WORK, "--split", split, "--output", str(tmp_path)]) == 0
+    (found,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert found[counted] >= least
+    assert found[counted] % 4 == 0
+    assert all(np.all(np.isfinite(value)) for name, value in found.items() if name != "key")
+    (times,) = json.loads((tmp_path / "timing.json").read_text())
+    assert times["done"] == 1
+    assert 0 < times["worked"] <= times["ended"] - times["began"] + 1e-6
+    assert times["started"] <= times["began"] <= times["ended"] <= times["gathered"]

@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +11,7 @@ import torch
 from lmleak.config import parse_config
 from lmleak.data.embedded import REFERENCE_MODELS
 from lmleak.errors import ConfigError
-
-ROOT = Path(__file__).parents[2]
+from tests.launching import ROOT, launch
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +80,12 @@ def test_the_shipped_configuration_trained_the_shipped_model(recipe, kind):
 
 
 @pytest.mark.slow
-def test_the_recipe_launches_and_gives_the_same_bytes_in_two_processes(tmp_path):
-    for run in ("first", "second"):
-        tiny = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-        flags = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *flags, "--cpu", "recipes/train_reference_models.py",
-             "--config", "configs/train_reference_models/bert.yaml", *tiny, "--output", str(tmp_path / run)],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+def test_the_recipe_launches_and_gives_the_same_bytes_in_another_process(recipe, tmp_path):
+    tiny = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    arguments = ["--config", str(ROOT / "configs/train_reference_models/bert.yaml"), *tiny, "--output"]
+    assert recipe.command([*arguments, str(tmp_path / "first")]) == 0
+    done = launch(ROOT / "recipes/train_reference_models.py", *arguments, tmp_path / "second", processes=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "first").iterdir())) > 3
     for file in (tmp_path / "first").iterdir():
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name

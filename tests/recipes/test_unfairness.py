@@ -2,8 +2,6 @@
 
 import csv
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -105,15 +103,12 @@ def test_the_grid_gives_errors_in_the_unit_of_the_predictions(load):
         assert caption == f"RMSE {compact(error.square().mean().sqrt().item())}"
 
 
-def test_a_tiny_run_gives_rows_tables_and_figures(tmp_path):
+def test_a_tiny_run_gives_rows_tables_and_figures(load, tmp_path):
     arguments = [
         "--model-seeds", "0", "1", "--samples", "10", "--attacked", "4", "--attacked-models", "1", "--attacks",
         "gauss-newton(prior_weight=0.001, iterations=5)", "--device", "cpu", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "recipes" / "unfairness.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert load("unfairness").main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert len(rows) == 2 * 10 + 4 * 2
     assert [row["label"] for row in rows if not row["attack"]] == [str(c) for c in range(10)] * 2
