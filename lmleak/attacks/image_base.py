@@ -262,13 +262,13 @@ class ImageProblem:
             The distance; 1 where one of both is zero, infinity where g(x) is not finite.
         """
         update, _ = update_of(self.adapter, x, self.labels, {}, self.names, self.aggregation)
-        own = {n: g.double() * self.kept.get(n, 1) for n, g in update.items()}
-        pairs = [(own[n], g.double()) for n, g in self.observed.items()]
-        inner, *squares = (
-            sum((a * b).sum().item() for a, b in chosen)
-            for chosen in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
-        )
-        norms = math.sqrt(squares[0] * squares[1])
+        inner = own_square = square = 0.0
+        for name, observed in self.observed.items():  # one by one: no copy of all parameters in double precision
+            own, seen = update[name].double() * self.kept.get(name, 1), observed.double()
+            inner += (own * seen).sum().item()
+            own_square += own.square().sum().item()
+            square += seen.square().sum().item()
+        norms = math.sqrt(own_square * square)
         distance = 1 - inner / norms if norms else 1.0
         return max(0.0, distance) if math.isfinite(distance) else math.inf
 
