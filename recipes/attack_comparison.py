@@ -15,7 +15,7 @@ and the cost in gradients of the same model in the same run. ROUGE as LAMP and D
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -37,7 +37,8 @@ from lmleak.evaluation import (
     run_items,
 )
 from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, gradient_seconds, model_of, seeded_batch
-from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, example_settings, identity, make_items
+from lmleak.evaluation.audit import example_settings, identity, make_items
+from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.model import ModelConfig
 from lmleak.files import write_bytes_atomically, write_text_atomically
 from lmleak.report.comparison import compare, comparison_csv, comparison_figure, comparison_table, refusal_lines
@@ -194,7 +195,7 @@ def main(argv: list[str]) -> None:
     state = process_state(config.processes)
     torch.set_num_threads(config.threads)
     items, digests = items_of(config, state)
-    settings = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
+    settings = decisive_settings(config)
     settings["attacks"] = attack_specs(config.attacks, config.iterations)
     folder = ResultFolder(config.output, settings, identity=digests)
     rows = run_items(items, lambda i, item: item_rows(config, i, item), folder, state, label="attacking")

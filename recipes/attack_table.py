@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +34,8 @@ from lmleak.defenses import derived_seed, parse_defense
 from lmleak.errors import ConfigError
 from lmleak.evaluation import AuditConfig, ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, model_of, seeded_batch
-from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, identity, make_items
+from lmleak.evaluation.audit import identity, make_items
+from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.model import ModelConfig, load_text_model
 from lmleak.files import write_text_atomically
 from lmleak.types import Aggregation
@@ -172,7 +173,7 @@ def item_row(config: AttackTableConfig, spec: str, number: int, item: Item) -> d
 def measure(config: AttackTableConfig, spec: str, items: Sequence[Item], digests: dict[str, str], state) -> list[dict]:
     """Return the csv rows of one attack: the mean over samples per model and way of sharing."""
     name = parse_attack(spec).name
-    settings = {k: v for k, v in asdict(config).items() if k not in (*NOT_PART_OF_RESULTS, "document", "measure")}
+    settings = decisive_settings(config, without=("document", "measure"))
     settings |= {"attacks": [spec], "sharings": [sharing.name for sharing in SHARINGS]}
     folder = ResultFolder(Path(config.output) / name, settings, identity=digests)
     rows = run_items(items, lambda i, item: [item_row(config, spec, i, item)], folder, state, label=name)

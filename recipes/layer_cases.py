@@ -32,6 +32,7 @@ from lmleak.data.attributes_images import IMAGE_SOURCES, INJECTIONS, load_marked
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation.attacks import Sharing
+from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.layers import ALL, LayerAnalysis, LayerSettings, Measure, Row
 from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
 from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
@@ -47,7 +48,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What is inferred in each source of examples."""
 STORED = ("count", "train_batch_size", "mark", "strength", "image_size", "features", "seed")  # what decides gradients
-NOT_DECISIVE = {"output", "resume", "processes", "threads", "data_folder"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +286,7 @@ def measured_rows(prepared: Prepared, measure: Measure, prefix: str) -> list[Row
 
 def study_folder(config: LayerStudyConfig, prepared: Sequence[Prepared]) -> ResultFolder:
     """Return the folder of a study, which refuses results of other settings, weights or examples."""
-    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_DECISIVE}
+    decisive = decisive_settings(config, without=["data_folder"])
     identity = {
         f"{p.case.source} {p.case.model} {i}": f"{p.analysis.adapter.weights_digest()} {p.analysis.examples.digest}"
         for i, p in enumerate(prepared)

@@ -2,15 +2,9 @@
 
 import hashlib
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -24,13 +18,14 @@ from lmleak.attacks import parse_attack
 from lmleak.data import Examples, load_examples
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
+from lmleak.evaluation.circumstances import circumstances, decisive_settings, limit_threads
 from lmleak.evaluation.example import ExampleEvaluator, ExampleSettings
 from lmleak.evaluation.labels import batch_labels
+from lmleak.evaluation.model import device_of
 from lmleak.evaluation.run import process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
 
-NOT_PART_OF_RESULTS = ("output", "resume", "fail_above", "processes", "threads")
-SMALL_MODEL = 5_000_000  # parameters
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -152,15 +147,13 @@ def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult
     start = time.perf_counter()
     state = process_state(config.processes)
     adapter = load_text_adapter(config, state)
-    parameters = sum(p.numel() for p in adapter.parameters().values())
-    if config.threads or parameters < SMALL_MODEL:
-        torch.set_num_threads(config.threads or 1)
+    limit_threads(adapter, config.threads)
     items, origin = make_items(config, adapter)
     evaluator = ExampleEvaluator(adapter, example_settings(config))
     for number, (texts, labels) in enumerate(items):  # refuse bad input now, not in the middle of the run
         evaluator.check(texts, labels, thoroughly=number == 0)
-    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
-    folder = ResultFolder(config.output, decisive, identity=identity(adapter, items), resume=config.resume)
+    identified = identity(adapter, items)
+    folder = ResultFolder(config.output, decisive_settings(config), identity=identified, resume=config.resume)
     rows = run_items(items, lambda i, item: evaluator.rows(i, *item), folder, state, label="auditing")
     meta = describe(config, adapter, origin, len(items), state, command) | {"seconds": time.perf_counter() - start}
     return AuditResult(rows, meta, folder.path, worst_recall(rows))
@@ -187,14 +180,10 @@ def load_text_adapter(config: AuditConfig, state: PartialState) -> TextAdapter:
         The adapter.
 
     Raises:
-        ConfigError: If CUDA was asked for and is absent.
         UnsupportedModelError: If it is no language model.
     """
-    wants_cuda = config.device.startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
     disable_progress_bar()  # of weight loading; the audit has its own
-    device = str(state.device) if config.device == "auto" else config.device
+    device = device_of(config.device, state)
     adapter = load_adapter(config.model, task=config.task, tokenizer=config.tokenizer, device=device, seed=config.seed)
     if not isinstance(adapter, TextAdapter):
         raise UnsupportedModelError(
@@ -268,7 +257,6 @@ def describe(
     config: AuditConfig, adapter: TextAdapter, origin: str, samples: int, state: PartialState, command: str | None
 ) -> dict:
     """Return the circumstances of a run, for the report."""
-    libraries = ("torch", "transformers", "datasets", "accelerate", "evaluate")
     return {
         "model": config.model,
         "task": adapter.task,
@@ -280,28 +268,5 @@ def describe(
         "noise_levels": list(config.noise_levels),
         "shared": config.shared,
         "seed": config.seed,
-        "parameters": sum(p.numel() for p in adapter.parameters().values()),
-        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
-        | {name: version(name) for name in libraries},
-        "commit": source_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "world_size": state.num_processes,
-        "device": str(adapter.device),
         "metric_of_risk": "token_recall",
-    }
-
-
-def source_commit() -> str | None:
-    """Return the commit of a source checkout; None for an installed package."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or there is no commit yet
-        return None
-    return found.stdout.strip()
+    } | circumstances(adapter, state, command, LIBRARIES)

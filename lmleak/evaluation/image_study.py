@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from lmleak.attacks import parse_attack
 from lmleak.data.images import ImageData, load_images
 from lmleak.defenses import Release, derived_seed, parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
-from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, identity
+from lmleak.evaluation.audit import identity
+from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.image_attack import scored_image_attack
+from lmleak.evaluation.model import device_of
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import capture_gradient
 from lmleak.types import SINGLE_STEP, Aggregation, Batch
@@ -161,9 +163,8 @@ def image_study(
 
     Args:
         config: The settings.
-        model: One of ``ARCHITECTURES``, made for the data's image shape and classes with weights of ``config.seed``;
-            any other name that :func:`lmleak.load_adapter` knows; or a classifier in memory, which is copied.
-        data: Private images. They are normalised as the model says, else as the settings say.
+        model: As for :func:`image_adapter`, with weights of ``config.seed``.
+        data: Private images.
         state: This process's place, for the device.
         initialization: How an architecture's weights are drawn.
         name: Name of the model in results; that of ``model`` if not given.
@@ -171,32 +172,62 @@ def image_study(
 
     Returns:
         The study, its model in the settings' precision on their device.
+    """
+    adapter = image_adapter(
+        model, data, normalization=config.normalization, initialization=initialization, name=name, seed=config.seed,
+        device=device_of(config.device, state),
+    )  # fmt: skip
+    adapter.model.to(PRECISIONS[config.precision])
+    return ImageStudy(adapter, data, config.samples, config.batch_size, config.shared, aggregation, config.seed)
+
+
+def image_adapter(
+    model: str | nn.Module,
+    data: ImageData,
+    *,
+    normalization: str | None = None,
+    initialization: str | None = None,
+    name: str = "",
+    seed: int = 0,
+    device: str = "cpu",
+) -> VisionAdapter:
+    """Return a model that reads the images of a data set.
+
+    Args:
+        model: One of ``ARCHITECTURES``, made for the data's image shape and classes; any other name that
+            :func:`lmleak.load_adapter` knows; or a classifier in memory, which is copied.
+        data: The images. They are normalised as the model says, else as ``normalization`` does.
+        normalization: A data set's name, or None for the statistics of the data.
+        initialization: How an architecture's weights are drawn.
+        name: Name of the model in results; that of ``model`` if not given.
+        seed: Seed of the weights.
+        device: Where the model is put.
+
+    Returns:
+        The adapter.
 
     Raises:
-        ConfigError: If CUDA was asked for and is absent, or weights that exist are to be initialised.
+        ConfigError: If weights that exist are to be initialised.
         UnsupportedModelError: If the model is no image classifier.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
-    device = str(state.device) if config.device == "auto" else config.device
     if initialization is not None and model not in ARCHITECTURES:
         raise ConfigError(
             f"initialization={initialization!r} draws the weights of an architecture; {model!r} has some"
         )
     if isinstance(model, nn.Module):
-        adapter = _adapter_of(copy.deepcopy(model), data, config.normalization, name or type(model).__name__)
+        adapter = _adapter_of(copy.deepcopy(model), data, normalization, name or type(model).__name__)
     elif model in ARCHITECTURES:
         shape, classes = data.image_shape, len(data.class_names)
-        network = image_model(model, shape, classes, initialization=initialization, seed=config.seed)
-        adapter = _adapter_of(network, data, config.normalization, name or model)
+        network = image_model(model, shape, classes, initialization=initialization, seed=seed)
+        adapter = _adapter_of(network, data, normalization, name or model)
     else:
-        adapter = load_adapter(model, task=IMAGE_TASK, device=device, seed=config.seed)
+        adapter = load_adapter(model, task=IMAGE_TASK, device=device, seed=seed)
     if not isinstance(adapter, VisionAdapter):
         raise UnsupportedModelError(
             f"{adapter.name} is of task {adapter.task!r}; a study on images needs {IMAGE_TASK!r}"
         )
-    adapter.model.to(device, PRECISIONS[config.precision])
-    return ImageStudy(adapter, data, config.samples, config.batch_size, config.shared, aggregation, config.seed)
+    adapter.model.to(device)
+    return adapter
 
 
 def _adapter_of(model: nn.Module, data: ImageData, normalization: str | None, name: str) -> ModelAdapter:
@@ -263,6 +294,5 @@ def study_folder(config: ImageStudyConfig, studies: Mapping[str, ImageStudy]) ->
     Returns:
         The folder, for :func:`lmleak.evaluation.run_items`.
     """
-    decisive = {key: value for key, value in asdict(config).items() if key not in NOT_PART_OF_RESULTS}
     digests = {f"{name} {what}": d for name, study in studies.items() for what, d in study.identity().items()}
-    return ResultFolder(Path(config.output), decisive, identity=digests, resume=config.resume)
+    return ResultFolder(Path(config.output), decisive_settings(config), identity=digests, resume=config.resume)

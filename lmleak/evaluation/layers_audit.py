@@ -2,23 +2,18 @@
 
 import hashlib
 import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from lmleak.adapters import ModelAdapter, TextAdapter
-from lmleak.evaluation.audit import NOT_PART_OF_RESULTS, SMALL_MODEL, source_commit
+from lmleak.evaluation.circumstances import circumstances, decisive_settings, limit_threads
 from lmleak.evaluation.layers import LayerAnalysis, Row
 from lmleak.evaluation.layers_capture import CaptureSettings, capture_store
 from lmleak.evaluation.layers_config import LayersConfig
@@ -29,6 +24,8 @@ from lmleak.evaluation.layers_protection import Curves, Protection, curves, hidd
 from lmleak.evaluation.run import on_main, process_state, progress, run_items
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import GradientStore
+
+LIBRARIES = ("torch", "transformers", "scikit-learn", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,10 @@ def run_layers(config: LayersConfig, *, command: str | None = None) -> LayersRes
     start = time.perf_counter()
     state = process_state(config.processes)
     adapter, examples = load_labelled(config, state)
-    parameters = sum(p.numel() for p in adapter.parameters().values())
-    if config.threads or parameters < SMALL_MODEL:
-        torch.set_num_threads(config.threads or 1)
+    limit_threads(adapter, config.threads)
     settings = config.layer_settings(images=not isinstance(adapter, TextAdapter))
     protection = config.protection_settings(adapter.task)
-    decisive = {k: v for k, v in asdict(config).items() if k not in NOT_PART_OF_RESULTS}
+    decisive = decisive_settings(config)
     columns = {name: values.tolist() for name, values in examples.attributes.items()}
     identified = {
         "weights": adapter.weights_digest(), "examples": examples.digest, "attributes": _digest(columns),
@@ -133,7 +128,6 @@ def describe(
     command: str | None,
 ) -> dict[str, Any]:
     """Return the circumstances of a run, for the report."""
-    libraries = ("torch", "transformers", "scikit-learn", "accelerate")
     sharing = analysis.settings.capture.sharing
     return {
         "model": config.model,
@@ -155,15 +149,7 @@ def describe(
         "noise": config.noise,
         "steps": config.steps,
         "seed": config.seed,
-        "parameters": sum(p.numel() for p in adapter.parameters().values()),
-        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"lmleak": version("lmleak"), "python": platform.python_version()}
-        | {name: version(name) for name in libraries},
-        "commit": source_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "world_size": state.num_processes,
-        "device": str(adapter.device),
-    }
+    } | circumstances(adapter, state, command, LIBRARIES)
 
 
 def _counts(values: Sequence) -> Mapping[str, int]:

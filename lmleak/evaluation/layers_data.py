@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
@@ -14,10 +13,11 @@ from lmleak.data.attributes_images import inject
 from lmleak.data.embedded import LABELS, messages
 from lmleak.data.images import ImageData, load_images
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
-from lmleak.evaluation.image_study import ImageStudyConfig, image_study
+from lmleak.evaluation.image_study import image_adapter
 from lmleak.evaluation.labels import class_numbers
 from lmleak.evaluation.layers_config import LayersConfig
 from lmleak.evaluation.layers_examples import LabelledExamples, image_examples, text_examples
+from lmleak.evaluation.model import device_of
 from lmleak.lookup import lookup
 
 MARK = "mark"
@@ -35,22 +35,19 @@ def load_labelled(config: LayersConfig, state: PartialState) -> tuple[ModelAdapt
         The adapter and the examples.
 
     Raises:
-        ConfigError: If the device is absent, or an option is not one of this kind of data.
+        ConfigError: If an option is not one of this kind of data.
         UnsupportedModelError: If the model reads neither texts nor images.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}, but no CUDA device is available; use device=cpu")
-    device = str(state.device) if config.device == "auto" else config.device
+    device = device_of(config.device, state)
     disable_progress_bar()  # of weight loading; the audit has its own
     if config.model in ARCHITECTURES:
         if config.task not in (None, IMAGE_TASK):
             raise ConfigError(f"{config.model!r} is an architecture of images; it has no task {config.task!r}")
         data = load_images(config.data or "digits", split=config.split, size=config.image_size, limit=config.samples)
-        settings = ImageStudyConfig(
-            samples=1, normalization=config.normalization, seed=config.seed, device=device,
-            shared=config.shared or "all",
+        adapter = image_adapter(
+            config.model, data, normalization=config.normalization, initialization=config.initialization,
+            seed=config.seed, device=device,
         )  # fmt: skip
-        adapter = image_study(settings, config.model, data, state, initialization=config.initialization).adapter
         return adapter, _images(config, adapter, data)
     adapter = load_adapter(config.model, task=config.task, tokenizer=config.tokenizer, device=device, seed=config.seed)
     if isinstance(adapter, TextAdapter):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import ModelAdapter, TextAdapter, load_adapter
@@ -28,6 +29,28 @@ class ModelConfig:
     """cpu, cuda, or auto."""
 
 
+def device_of(setting: str, state: PartialState | None = None) -> str:
+    """Return the device that a setting names.
+
+    Args:
+        setting: cpu, cuda, cuda:N, or auto.
+        state: This process's place among several, whose device "auto" is; None takes the first CUDA device there is.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If it is absent or none.
+    """
+    if setting == "auto":
+        return str(state.device) if state else "cuda" if torch.cuda.is_available() else "cpu"
+    if setting.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device={setting!r} is not known; write cpu, cuda or auto")
+    if setting.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={setting!r}, but no CUDA device is available; use device=cpu")
+    return setting
+
+
 def load_model(config: ModelConfig, *, task: str | None = None) -> ModelAdapter:
     """Load the model that a configuration names.
 
@@ -37,21 +60,12 @@ def load_model(config: ModelConfig, *, task: str | None = None) -> ModelAdapter:
 
     Returns:
         The adapter.
-
-    Raises:
-        ConfigError: If the device is absent or no device.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is not known; write cpu, cuda or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but no CUDA device is available; use device=cpu")
     disable_progress_bar()  # of weight loading; it says nothing about the work
     return load_adapter(
-        config.model, task=config.task or task, tokenizer=config.tokenizer, device=device, seed=config.weights_seed
-    )
+        config.model, task=config.task or task, tokenizer=config.tokenizer, device=device_of(config.device),
+        seed=config.weights_seed,
+    )  # fmt: skip
 
 
 def load_text_model(config: ModelConfig) -> TextAdapter:
