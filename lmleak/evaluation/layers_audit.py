@@ -109,7 +109,7 @@ def _captured(
     def capture() -> None:
         folder.open()
         with progress(state, examples.size, "capturing gradients") as advance:
-            capture_store(adapter, examples, path, settings, advance=lambda n: [advance() for _ in range(n)])
+            capture_store(adapter, examples, path, settings, advance=advance)
 
     on_main(state, capture)
     return GradientStore(path)

@@ -216,10 +216,10 @@ class progress:
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not state.is_main_process)
         self.label, self.total = label + share, total
 
-    def __enter__(self) -> Callable[[], None]:
+    def __enter__(self) -> Callable[..., None]:
         self.bar.start()
         task = self.bar.add_task(self.label, total=self.total)
-        return lambda: self.bar.advance(task)
+        return lambda count=1: self.bar.advance(task, count)
 
     def __exit__(self, *exception) -> None:
         self.bar.stop()
