@@ -173,6 +173,7 @@ def test_layers_without_factors_are_named_where_there_are_any(tmp_path, syntheti
     assert "slope.4" not in html
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_level_where_no_attack_ran_is_not_called_recovered(tmp_path, synthetic_rows, synthetic_meta):
     rows = synthetic_rows(2, noise_levels=(0.1, 1.0))
     for row in rows:
