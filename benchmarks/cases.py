@@ -19,8 +19,8 @@ def run_cases(module: str, cases: list[dict], output: str, *, budget: float = fl
     """Return the figures of all cases, each measured by ``python -m module --case JSON``, which prints them.
 
     A case that ``output`` holds already, measured at this commit on this machine with these versions, is not measured
-    again: an interrupted benchmark goes on where it was. A case that fails is said and left out, and the program ends
-    with status 1 after the others.
+    again: an interrupted benchmark goes on where it was. A case that fails is said and left out; the program ends with
+    status 1 where that leaves nothing.
 
     Args:
         module: The benchmark, whose ``--case`` prints one JSON line per row of figures.

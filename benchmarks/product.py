@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import run_cases
+from benchmarks.cases import run_cases, shown
 from benchmarks.influence import SHAPES, clock
 
 COLUMNS = {
@@ -50,21 +50,27 @@ def main() -> None:
         for measure in MEASURES
     ]
     results = run_cases("benchmarks.product", cases, options.output)
-    rows = [merged(results[i : i + len(MEASURES)]) for i in range(0, len(results), len(MEASURES))]
+    rows = by_shape_and_length(results)
     grid = Table(title=f"Set-up and product ({options.implementation}) in gradients of the same model")
     for title in COLUMNS:
         grid.add_column(title, justify="right")
     for row in rows:
-        grid.add_row(*(f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in COLUMNS.values()))
+        grid.add_row(*(shown(row.get(k)) for k in COLUMNS.values()))
     Console(width=140).print(grid)
 
 
-def merged(results: list[dict]) -> dict:
-    """Return the figures of one shape and length as one row with the memory ratios."""
-    row = {key: value for result in results for key, value in result.items()}
-    row["working_ratio"] = row["working_mib"] / row["gradient_working_mib"]
-    row["total_ratio"] = (row["working_mib"] + row["model_mib"]) / (row["gradient_working_mib"] + row["model_mib"])
-    return row
+def by_shape_and_length(results: list[dict]) -> list[dict]:
+    """Return the figures of each shape and length as one row; what failed, and what needs it, is not in it."""
+    rows: dict[tuple, dict] = {}
+    for result in results:
+        case = result["case"]
+        row = rows.setdefault((case["shape"], case["tokens"]), {"shape": Path(case["shape"]).stem})
+        row |= {"tokens": case["tokens"]} | result
+    for row in rows.values():
+        if {"working_mib", "gradient_working_mib"} <= row.keys():
+            working, gradient, model = row["working_mib"], row["gradient_working_mib"], row["model_mib"]
+            row |= {"working_ratio": working / gradient, "total_ratio": (working + model) / (gradient + model)}
+    return list(rows.values())
 
 
 def prepared(shape: str, tokens: int, threads: int):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, product
 from benchmarks.influence import PIECES, by_shape_and_length, cases_of, turned
 from benchmarks.influence_scaling import log_log_slope
 from benchmarks.reference import ParameterSpace, descent_step, parameter_space_lambda_max, plain_gradient
@@ -75,6 +75,20 @@ def test_the_page_marks_what_did_not_converge():
     page = cases.markdown("Title", titles, lines, {"commit": "abc"}, "Notes.")
     assert "Generated: commit abc." in page
     assert "| damped I2F | 80* |" in page
+
+
+def test_a_measure_that_failed_leaves_a_gap_in_its_own_row_only():
+    def result(tokens, measure, **figures):
+        return figures | {"case": {"measure": measure, "shape": "configs/models/a.yaml", "tokens": tokens}}
+
+    gradient = {"gradient_working_mib": 10.0, "model_mib": 30.0}
+    rows = product.by_shape_and_length([
+        result(32, "gradient memory", **gradient), result(32, "memory", working_mib=20.0),  # its time failed
+        result(128, "time", shape="a", gradient_seconds=2.0), result(128, "gradient memory", **gradient),
+    ])  # fmt: skip
+    first, second = ({key: value for key, value in row.items() if key != "case"} for row in rows)
+    assert first == {"shape": "a", "tokens": 32, "working_mib": 20, "working_ratio": 2, "total_ratio": 1.25} | gradient
+    assert second == {"shape": "a", "tokens": 128, "gradient_seconds": 2.0} | gradient
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
