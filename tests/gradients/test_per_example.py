@@ -63,6 +63,15 @@ def images(model, size=8, side=28, dtype=torch.float32):
     return adapter, adapter.batch(pixels, torch.arange(size) % 3)
 
 
+def test_lenet_equals_a_loop_in_float64_whatever_class_it_favours():
+    adapter, batch = images(LeNet(size=28), dtype=torch.float64)
+    labels = adapter.logits(adapter.input(batch)).argmax(-1)
+    batch = adapter.batch(batch.inputs["pixel_values"], labels)
+    found = per_example_gradients(adapter, batch, shared="all")
+    assert found.method == "vmap"
+    assert relative_error(adapter, batch, found, "all") < 1e-13
+
+
 def test_lenet_equals_a_loop_and_its_mean_is_the_gradient_of_the_batch():
     adapter, batch = images(LeNet(size=28))
     # The class that the network favours least: near the favoured one, 1 - p cancels, and two float32 passes, each 2e-6
