@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
@@ -73,6 +74,40 @@ def parse_config(
 def to_yaml(config: Any) -> str:
     """Return a resolved configuration as YAML that :func:`parse_config` reads back to an equal one."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Refuse settings that count something and are below 1.
+
+    Args:
+        config: The settings.
+        *names: Fields; None, where something is not set, passes.
+
+    Raises:
+        ConfigError: With the first one's value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse settings that are not positive and finite: numbers, or lists of them, which must not be empty.
+
+    Args:
+        config: The settings.
+        *names: Fields.
+
+    Raises:
+        ConfigError: With the first one's value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        several = isinstance(value, (list, tuple))
+        values = value if several else [value]
+        if not values or not all(0 < number < math.inf for number in values):
+            raise ConfigError(f"{name} must be positive{' and not empty' if several else ''}, got {value}")
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, parse_config
 from lmleak.defenses import derived_seed, parse_defense
 from lmleak.errors import ConfigError
 from lmleak.evaluation import (
@@ -89,9 +89,7 @@ class ComparisonConfig:
     """Folder for results.jsonl, attack_comparison.csv and attack_comparison.png."""
 
     def __post_init__(self):
-        for name in ("samples", "threads", *(["iterations"] if self.iterations is not None else [])):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "samples", "threads", "iterations")
         for name in ("models", "data", "batch_sizes", "defenses"):
             values = getattr(self, name)
             if not values:

@@ -29,7 +29,7 @@ import torch
 
 from lmleak.adapters import TextAdapter, adapt
 from lmleak.attacks import ATTACKS, Attack, parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, parse_config
 from lmleak.defenses import derived_seed, parse_defense
 from lmleak.errors import ConfigError
 from lmleak.evaluation import AuditConfig, ResultFolder, exit_status, finish, process_state, run_items
@@ -94,9 +94,7 @@ class AttackTableConfig:
     """The document; the numbers go to a .csv file of the same name."""
 
     def __post_init__(self):
-        for name in ("iterations", "samples", "max_length", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "iterations", "samples", "max_length", "threads")
         if not self.models:
             raise ConfigError("models is empty; give at least one")
         specs = attack_specs(self.attacks, self.iterations)

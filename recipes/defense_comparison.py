@@ -34,7 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.data import load_examples
 from lmleak.data.embedded import messages
 from lmleak.defenses import derived_seed
@@ -101,14 +101,12 @@ class ComparisonConfig:
 
     def __post_init__(self):
         counts = ("training_texts", "validation_texts", "test_texts", "clients", "batch_size", "steps", "samples")
-        if bad := [name for name in counts if getattr(self, name) < 1]:
-            raise ConfigError(f"{bad[0]} must be at least 1, got {getattr(self, bad[0])}")
+        check_counts(self, *counts)
         if "none" not in self.settings or len(set(self.settings)) != len(self.settings):
             raise ConfigError(f"settings must hold none, which accuracy is lost from, and each once: {self.settings}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if not self.learning_rates or not all(rate > 0 for rate in self.learning_rates):
-            raise ConfigError(f"learning_rates must be positive and not empty, got {self.learning_rates}")
+        check_positive(self, "learning_rates")
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta must lie between 0 and 1, got {self.delta}")
         if not self.attacks:

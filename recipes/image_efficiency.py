@@ -36,7 +36,7 @@ from lmleak.adapters import ARCHITECTURES, VisionAdapter, adapt, image_model, lo
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
 from lmleak.attacks.meter import Meter
-from lmleak.config import parse_config
+from lmleak.config import check_counts, parse_config
 from lmleak.data.images import load_images
 from lmleak.defenses import GaussianNoise
 from lmleak.errors import ConfigError, UnsupportedModelError
@@ -99,9 +99,7 @@ class EfficiencyConfig:
             raise ConfigError(f"methods must be among {', '.join(METHODS)}, got {min(unknown)!r}")
         if missing := {"gradient", "lower-bound"} - set(self.methods):
             raise ConfigError(f"methods must hold {min(missing)}, to which others are compared")
-        for name in ("steps", "max_products"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "steps", "max_products")
         if not self.models:
             raise ConfigError("models must not be empty")
         if self.device != "cpu" and not torch.cuda.is_available():

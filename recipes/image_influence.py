@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.defenses import Release
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
@@ -75,16 +75,9 @@ class InfluenceConfig(ImageStudyConfig):
         super().__post_init__()
         if not self.models or not self.attacks:
             raise ConfigError("a comparison needs at least one model and one attack")
-        if self.local_iterations < 1 or self.largest_matrix < 1:
-            raise ConfigError(
-                f"local_iterations and largest_matrix must be at least 1, got {self.local_iterations} and "
-                f"{self.largest_matrix}"
-            )
+        check_counts(self, "local_iterations", "largest_matrix")
         lookup("local_curvature", self.local_curvature, CURVATURES)
-        for name in ("noise_variances", "dampings"):
-            values = getattr(self, name)
-            if not values or not all(0 < value < math.inf for value in values):
-                raise ConfigError(f"{name} must be positive numbers and not empty, got {values}")
+        check_positive(self, "noise_variances", "dampings")
         for spec in self.attacks:
             parse_attack(spec.replace(VARIANCE, "1"), task=IMAGE_TASK)
 

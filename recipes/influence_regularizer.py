@@ -38,14 +38,14 @@ from importlib.util import find_spec
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from private_training import FlatGradients, Split, accuracy, check_positive, generator_of, splits, train
+from private_training import FlatGradients, Split, accuracy, generator_of, splits, train
 from regularizer_report import write_report
 from torch import Tensor
 
 from lmleak.adapters import VisionAdapter
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, make_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.defenses import Defense, GaussianNoise, derived_seed
 from lmleak.defenses.clip import Clip
 from lmleak.defenses.privacy import epsilon
@@ -109,12 +109,11 @@ class RegularizerConfig(ImageStudyConfig):
         super().__post_init__()
         counts = ("attack_iterations", "newton_iterations", "training_images", "public_images", "public_batch")
         counts += ("test_images", "clients", "steps", "training_seeds")
-        check_positive(self, counts, ["noise_stds", "noise_multipliers"])
+        check_counts(self, *counts)
+        check_positive(self, "noise_stds", "noise_multipliers")
         if not self.budgets or not all(map(math.isfinite, self.budgets)):
             raise ConfigError(f"budgets must be finite and not empty, got {self.budgets}")
-        for name in ("penalty", "regularized_std", "max_norm", "relative_noise", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "penalty", "regularized_std", "max_norm", "relative_noise", "learning_rate")
         if self.batch_size != 1 or self.shared != "all":
             raise ConfigError("releases are gradients of one image on all parameters: batch_size=1 and shared=all")
         if self.public_batch > self.public_images or self.clients > self.training_images:

@@ -26,7 +26,7 @@ from initialization_report import initialization_entries, initialization_figure,
 from lmleak.adapters.image_initialization import INITIALIZATIONS
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
@@ -77,8 +77,7 @@ class InitializationConfig(ImageStudyConfig):
                 raise ConfigError(f"{name} must be different and not empty, got {values}")
         for name in self.initializations:
             lookup("initialization", name, INITIALIZATIONS)
-        if not 0 < self.noise_variance < float("inf"):
-            raise ConfigError(f"noise_variance must be positive, got {self.noise_variance}")
+        check_positive(self, "noise_variance")
         if self.noise_draws < 1 or self.batch_size != 1:
             raise ConfigError(
                 f"noise_draws must be at least 1 and batch_size 1, got {self.noise_draws} and {self.batch_size}"

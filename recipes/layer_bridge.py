@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from lmleak.attacks.image_newton import GaussNewton
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.data.attributes import COIN
 from lmleak.defenses import GaussianNoise, HideLayers, derived_seed
 from lmleak.errors import ConfigError
@@ -86,8 +86,7 @@ class BridgeConfig(LayerStudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.images < 1 or self.iterations < 1 or not self.noise > 0:
-            raise ConfigError("images, iterations and noise must be positive")
+        check_positive(self, "images", "iterations", "noise")
         if any(MODELS[case.partition(":")[2]].kind != "images" for case in self.cases):
             raise ConfigError(f"single layers are attacked for images only, got cases={self.cases}")
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lmleak.adapters import ModelAdapter
+from lmleak.config import check_counts
 from lmleak.data.attributes import COIN, TEXT_SOURCES, AttributeData, load_texts
 from lmleak.data.attributes_images import IMAGE_SOURCES, INJECTIONS, load_marked_images
 from lmleak.defenses import parse_defense
@@ -97,9 +98,7 @@ class LayerStudyConfig:
     """Continue a run of the same configuration that was interrupted."""
 
     def __post_init__(self):
-        for name in ("count", "gradients", "features", "folds", "threads", "train_batch_size", "pairs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "count", "gradients", "features", "folds", "threads", "train_batch_size", "pairs")
         if not self.cases or not self.epochs or min(self.epochs) < 0:
             raise ConfigError(f"expected cases and epochs >= 0, got {self.cases} and {self.epochs}")
         lookup("mark", self.mark, INJECTIONS)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import inf, log
+from math import log
 from statistics import fmean
 
 import torch
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import images_of, scored_image_attack
@@ -80,10 +80,7 @@ class DirectionsConfig(ImageStudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eigenvalues", "norms"):
-            values = getattr(self, name)
-            if not values or not all(0 < value < inf for value in values):
-                raise ConfigError(f"{name} must be positive and not empty, got {values}")
+        check_positive(self, "eigenvalues", "norms")
         if not self.signs or not set(self.signs) <= {1, -1}:
             raise ConfigError(f"signs must be 1, -1 or both, got {self.signs}")
         if self.batch_size != 1:

@@ -35,7 +35,7 @@ from rich.table import Table
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.data import load_examples
 from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError
@@ -87,10 +87,8 @@ class RecoveryConfig:
 
     def __post_init__(self):
         counts = ("samples", "max_length", "measured_draws", "iterations")
-        if bad := [name for name in counts if getattr(self, name) < 1]:
-            raise ConfigError(f"{bad[0]} must be at least 1, got {getattr(self, bad[0])}")
-        if not self.noise_levels or not all(0 < level < float("inf") for level in self.noise_levels):
-            raise ConfigError(f"noise_levels must be positive and not empty, got {self.noise_levels}")
+        check_counts(self, *counts)
+        check_positive(self, "noise_levels")
         if unknown := set(self.attack_levels) - set(self.noise_levels):
             raise ConfigError(f"attack_levels must be among noise_levels, got {min(unknown)}")
         for spec in self.attacks:

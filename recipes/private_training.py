@@ -16,7 +16,7 @@ from torch.func import grad, jacfwd, vmap
 from lmleak.adapters import VisionAdapter
 from lmleak.data.images import ImageData
 from lmleak.defenses import derived_seed
-from lmleak.errors import ConfigError, DataError
+from lmleak.errors import DataError
 
 EVALUATED_TOGETHER = 256
 
@@ -114,14 +114,3 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, math.nan, math.nan
     half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1).item() / math.sqrt(len(values))
     return mean, mean - half, mean + half
-
-
-def check_positive(config: object, counts: Sequence[str], lists: Sequence[str]) -> None:
-    """Refuse counts below 1, and lists that are empty or hold what is not a positive finite number."""
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in lists:
-        values = getattr(config, name)
-        if not values or not all(0 < value < math.inf for value in values):
-            raise ConfigError(f"{name} must be positive and not empty, got {values}")

@@ -31,7 +31,7 @@ from image_study_parts import LOCAL, UNDAMPED, LocalAttacker, TruthCurvature
 from image_tables import Entry, in_few_colours, mean, publish, root_mean_square
 
 from lmleak.attacks.image_labels import class_labels
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.defenses import Release
 from lmleak.defenses.base import global_norm
 from lmleak.errors import ConfigError
@@ -91,9 +91,7 @@ class WeightsConfig(ImageStudyConfig):
         super().__post_init__()
         if self.exact < 0 or not all(0 < distance < float("inf") for distance in self.near):
             raise ConfigError(f"exact must be at least 0 and near positive, got {self.exact} and {self.near}")
-        for name in ("noise", "pixel_std", "local_iterations", "largest_matrix", "products"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "noise", "pixel_std", "local_iterations", "largest_matrix", "products")
 
 
 def risk(config: WeightsConfig, study: ImageStudy, batch: Batch, clean: Release, noisy: Release) -> dict:

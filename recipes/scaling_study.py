@@ -39,7 +39,7 @@ from scaling_fits import draw_laws, law_entries, size_entries
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.data import load_examples
 from lmleak.defenses import GaussianNoise
 from lmleak.errors import ConfigError, DataError
@@ -85,13 +85,10 @@ class ScalingConfig:
     """Folder for rows, tables and figure."""
 
     def __post_init__(self):
-        for name in ("seeds", "samples", "max_length", "max_products", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "seeds", "samples", "max_length", "max_products", "threads")
         if self.max_length > POSITIONS:
             raise ConfigError(f"max_length must be at most {POSITIONS}, got {self.max_length}")
-        if not self.noise_levels or not all(0 < level < float("inf") for level in self.noise_levels):
-            raise ConfigError(f"noise_levels must be positive and not empty, got {self.noise_levels}")
+        check_positive(self, "noise_levels")
         if len({layers_and_width(shape) for shape in self.shapes}) < 3:
             raise ConfigError(f"a slope with an interval needs three different shapes, got {self.shapes}")
         parse_attack(self.attack)

@@ -20,7 +20,7 @@ import torch
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, parse_config
 from lmleak.data import load_examples
 from lmleak.defenses import derived_seed
 from lmleak.errors import ConfigError, UnsupportedModelError
@@ -67,9 +67,7 @@ class WorkConfig:
     """Folder for rows and times."""
 
     def __post_init__(self):
-        for name in ("samples", "max_length", "steps", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "samples", "max_length", "steps", "threads")
         if self.split == "probes" and self.samples < 2:
             raise ConfigError("probes have a standard error from 2 on; give samples=2 or more")
         parse_attack(self.attack)

@@ -28,7 +28,7 @@ from functools import partial
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from private_training import FlatGradients, Split, accuracy, check_positive, generator_of, splits, train
+from private_training import FlatGradients, Split, accuracy, generator_of, splits, train
 from spectral_attackers import RowSpaceAttack
 from spectral_report import write_report
 from torch import Tensor
@@ -36,7 +36,7 @@ from torch import Tensor
 from lmleak.adapters import VisionAdapter
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import Attack, make_attack
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.defenses import GaussianNoise, Release
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
@@ -89,11 +89,10 @@ class SpectralDefenseConfig(ImageStudyConfig):
         super().__post_init__()
         counts = ("attack_iterations", "newton_iterations", "row_space_iterations", "row_space_restarts")
         counts += ("training_images", "test_images", "clients", "steps", "training_seeds")
-        check_positive(self, counts, ["levels"])
+        check_counts(self, *counts)
+        check_positive(self, "levels", "learning_rate")
         if self.batch_size != 1 or self.shared != "all":
             raise ConfigError("noise is shaped per example, on all parameters: batch_size=1 and shared=all")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
 def noise_levels(values: Tensor, defense: str, norm: float, size: int) -> tuple[Tensor, float]:

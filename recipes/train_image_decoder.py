@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmleak.attacks.image_decoder import ImageDecoder, save_decoder
-from lmleak.config import parse_config
+from lmleak.config import check_counts, check_positive, parse_config
 from lmleak.data.images import load_images
-from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status
 from lmleak.files import refuse_unwritable
 
@@ -61,12 +60,8 @@ class TrainImageDecoder:
     """Torch threads; sums in another order give other last bits."""
 
     def __post_init__(self):
-        for name in ("latent_size", "width", "steps", "batch_size", "threads", *(["size"] if self.size else [])):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "pixel_std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}")
+        check_counts(self, "latent_size", "width", "steps", "batch_size", "threads", "size")
+        check_positive(self, "learning_rate", "pixel_std")
 
 
 class Encoder(nn.Module):

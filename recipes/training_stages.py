@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from lmleak.adapters import ARCHITECTURES, image_model
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.data.images import ImageData
 from lmleak.defenses import GaussianNoise, Release, parse_defense
 from lmleak.errors import ConfigError
@@ -94,8 +94,7 @@ class StagesConfig(ImageStudyConfig):
         lookup("local_curvature", self.local_curvature, CURVATURES)
         if not self.epochs or self.epochs != sorted(set(self.epochs)) or self.epochs[0] < 0:
             raise ConfigError(f"epochs must be growing numbers from 0, got {self.epochs}")
-        if self.train_batch_size < 1 or self.local_iterations < 1 or not 0 < self.learning_rate < math.inf:
-            raise ConfigError("train_batch_size, local_iterations and learning_rate must be positive")
+        check_positive(self, "train_batch_size", "local_iterations", "learning_rate")
         if not self.defenses or not self.attacks:
             raise ConfigError("a comparison needs at least one defense and one attack")
         for spec in self.defenses:

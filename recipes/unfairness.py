@@ -26,7 +26,7 @@ from unfairness_report import class_entries, grid_figure, number_entries, unfair
 
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
-from lmleak.config import parse_config
+from lmleak.config import check_positive, parse_config
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
@@ -68,8 +68,7 @@ class UnfairnessConfig(ImageStudyConfig):
         super().__post_init__()
         if not self.model_seeds or len(set(self.model_seeds)) < len(self.model_seeds):
             raise ConfigError(f"model_seeds must be different and not empty, got {self.model_seeds}")
-        if not 0 < self.noise_variance < float("inf"):
-            raise ConfigError(f"noise_variance must be positive, got {self.noise_variance}")
+        check_positive(self, "noise_variance")
         if not 0 <= self.attacked <= self.samples:
             raise ConfigError(f"attacked must be from 0 to samples = {self.samples}, got {self.attacked}")
         if self.batch_size != 1:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmleak.config import parse_config, to_yaml
+from lmleak.config import check_counts, check_positive, parse_config, to_yaml
 from lmleak.errors import ConfigError
 
 
@@ -335,3 +335,23 @@ def test_infinity_survives(parse):
     assert parse(to_yaml(Study(noise_std=math.inf, levels=[-math.inf]))) == Study(
         noise_std=math.inf, levels=[-math.inf]
     )
+
+
+def test_counts_are_at_least_one_or_not_set():
+    settings = dataclasses.make_dataclass("Settings", ["steps", "limit", "threads"])
+    check_counts(settings(1, None, 0), "steps", "limit")
+    with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
+        check_counts(settings(1, 2, 0), "steps", "limit", "threads")
+
+
+def test_positive_numbers_and_lists_of_them():
+    settings = dataclasses.make_dataclass("Settings", ["value"])
+    for good in (1e-300, 3, [0.5], (1, 2.0)):
+        check_positive(settings(good), "value")
+    for bad in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=f"value must be positive, got {bad}"):
+            check_positive(settings(bad), "value")
+        with pytest.raises(ConfigError, match="value must be positive and not empty"):
+            check_positive(settings([1.0, bad]), "value")
+    with pytest.raises(ConfigError, match=r"not empty, got \[\]"):
+        check_positive(settings([]), "value")

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
+from lmleak.config import check_counts
 from lmleak.data import Examples, load_examples
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
@@ -92,10 +93,7 @@ class AuditConfig:
     """Exit with status 3 if an attack recovers more than this share of tokens under one of the defenses."""
 
     def __post_init__(self):
-        positive = ("samples", "batch_size", "max_products", "probe_steps")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "samples", "batch_size", "max_products", "probe_steps")
         if self.probes == 1 or self.probes < 0:
             raise ConfigError(f"probes must be 0 or at least 2 (a standard error needs two), got {self.probes}")
         if not 0 < self.tolerance < 1:

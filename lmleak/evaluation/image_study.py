@@ -13,6 +13,7 @@ from torch import nn
 from lmleak.adapters import ARCHITECTURES, ModelAdapter, VisionAdapter, adapt, image_model, load_adapter
 from lmleak.adapters.targets import IMAGE_TASK
 from lmleak.attacks import parse_attack
+from lmleak.config import check_counts
 from lmleak.data.images import ImageData, load_images
 from lmleak.defenses import Release, derived_seed, parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
@@ -63,9 +64,7 @@ class ImageStudyConfig:
     """Continue a run of the same configuration that was interrupted."""
 
     def __post_init__(self):
-        for name in ("samples", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "samples", "batch_size", "threads")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be float32 or float64, got {self.precision!r}")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmleak.config import check_counts
 from lmleak.errors import ConfigError
 from lmleak.evaluation.layers_capture import CaptureSettings
 from lmleak.leakage.families import FAMILIES
@@ -57,8 +58,6 @@ class LayerSettings:
             lookup("group of metrics", group, dict.fromkeys(GROUPS))
         for family in self.families:
             lookup("family", family, FAMILIES)
-        for name in ("gradients", "pairs", "sensitivity_examples", "influence_examples", "max_products"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "gradients", "pairs", "sensitivity_examples", "influence_examples", "max_products")
         if not self.noise > 0:
             raise ConfigError(f"noise must be positive, got {self.noise!r}: without noise the MAP error ranks nothing")
