@@ -43,6 +43,7 @@ class PartialInputJacobian(InputJacobian):
         super().__init__(jacobian.x, jacobian.free & unknown, jacobian.parameter_shapes)
         self.jacobian = jacobian
         self.perturbation_scale, self.by_autodiff = jacobian.perturbation_scale, jacobian.by_autodiff
+        self.block_size = jacobian.block_size
 
     @classmethod
     def of_example(cls, jacobian: InputJacobian, index: int) -> "PartialInputJacobian":

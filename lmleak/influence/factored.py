@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import is_linear
 from lmleak.errors import DataError
-from lmleak.influence.convolutions import CONVOLUTIONS, convolution_factor
+from lmleak.influence.convolutions import CONVOLUTIONS, KernelFactor, PatchFactor, convolution_factor
 from lmleak.influence.factors import (
     Factor,
     LinearFactor,
@@ -28,8 +28,12 @@ from lmleak.influence.factors import (
     SumFactor,
     TotalFactor,
 )
-from lmleak.influence.products import Loss, Products
+from lmleak.influence.products import BLOCK_SIZE, Loss, Products
 from lmleak.influence.zeros import SharedZeros
+
+# Where a block of products pays, as measured on one core (benchmarks/results/block_products.md): 5 of BERT-base at 32
+# tokens and one at 128; 4 of ResNet-20 and one of ResNet-18, whose convolutions fill a core sooner.
+BLOCK_NUMBERS, CONVOLUTION_WEIGHT = 2**25, 16
 
 
 @dataclass
@@ -83,6 +87,7 @@ class FactoredProducts(Products):
         if not self.gradient and not self.factors:
             raise DataError("the loss does not depend on x and on the shared parameters together, so J is zero")
         self._linearise()
+        self.block_size = min(BLOCK_SIZE, max(1, BLOCK_NUMBERS // max(1, self._held())))
 
     def _linearise(self) -> None:
         """Build the graph of DF^T c as a function of c, at c = 0.
@@ -100,6 +105,13 @@ class FactoredProducts(Products):
                     list(found.values()), self.x, list(self.probes.values()), create_graph=True, allow_unused=True
                 )
             shared.check()
+
+    def _held(self) -> int:
+        """Return how many numbers a product holds at a time, weighted as ``block_size`` needs."""
+        convolutions = [f for f in self.factors.values() if isinstance(f, (KernelFactor, PatchFactor))]
+        more = {id(t) for factor in convolutions for t in factor.tensors}
+        tangents = sum(t.numel() * (CONVOLUTION_WEIGHT if key in more else 1) for key, t in self.nodes.items())
+        return tangents + sum(self.theta[n].numel() for n in self.by_autodiff)
 
     # DF and its transpose --------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from lmleak.adapters.text import TextAdapter
 from lmleak.errors import ConfigError, UnsupportedCombinationError, UnsupportedModelError
+from lmleak.influence.batch import PartialInputJacobian
 from lmleak.influence.jacobian import GradientJacobian
 from lmleak.influence.recovery_posterior import LinearGaussian, gaussian_hits, posterior_hits
 from lmleak.influence.recovery_substitution import SubstitutionTable, substitution_hits, substitution_table
@@ -193,11 +194,10 @@ class RecoveryPredictor:
             )
         jacobian = GradientJacobian(self.adapter, self.batch, shared=self.shared)
         mask = self.private.unsqueeze(-1).expand_as(jacobian.x)
-        units = torch.eye(dx, dtype=jacobian.dtype, device=jacobian.device)
-        gram = [jacobian.gram(torch.zeros_like(jacobian.x).masked_scatter(mask, unit))[mask] for unit in units]
+        gram = PartialInputJacobian(jacobian, mask).gram_operator().to_dense(COORDINATE_LIMIT)
         prior = self.adapter.prior()
         return LinearGaussian.from_gram(
-            torch.stack(gram), self.adapter.input(self.batch)[self.private],
+            gram, self.adapter.input(self.batch)[self.private],
             self.adapter.embed(self.vocabulary), torch.searchsorted(self.vocabulary, self.tokens),
             prior.mean, prior.std,
         )  # fmt: skip

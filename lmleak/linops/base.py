@@ -4,6 +4,7 @@ Letters: m rows, n columns, k vectors. Operators act on flat 1-D vectors; a vect
 and in its dtype from the first product to the last.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -19,7 +20,8 @@ DENSE_LIMIT = 4096
 class LinearOperator(ABC):
     """A real m x n matrix A that is known through v -> A v and u -> A^T u.
 
-    Subclasses give ``_matvec`` and ``_rmatvec``; the public methods check shapes and dtypes and detach.
+    Subclasses give ``_matvec`` and ``_rmatvec``, and ``_matmat`` and ``block_size`` where several vectors at once cost
+    less than one by one; the public methods check shapes and dtypes and detach.
 
     Args:
         shape: (m, n).
@@ -31,6 +33,9 @@ class LinearOperator(ABC):
     Raises:
         ConfigError: If the tag is set on a shape that is not square.
     """
+
+    block_size: int = 1
+    """Vectors that ``matmat`` multiplies in one pass: 1 where nothing is gained by more."""
 
     def __init__(
         self,
@@ -57,18 +62,40 @@ class LinearOperator(ABC):
     def _rmatvec(self, vector: Tensor) -> Tensor:
         """Return A^T u, (m,) -> (n,)."""
 
+    def _matmat(self, matrix: Tensor) -> Tensor:
+        """Return A V, (n, k) -> (m, k), for at most ``block_size`` columns."""
+        return torch.stack([self.matvec(column) for column in matrix.T.contiguous()], dim=1)
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Return A v, (n,) -> (m,); raises ConfigError where the vector or the product does not fit."""
-        self._check("matvec takes", vector, self.shape[1])
+        self._check("matvec takes", vector, (self.shape[1],))
         product = self._matvec(vector.detach()).detach()
-        self._check("the product A v is", product, self.shape[0])
+        self._check("the product A v is", product, (self.shape[0],))
+        return product
+
+    def matmat(self, matrix: Tensor) -> Tensor:
+        """Return A V, the products of k independent vectors, ``block_size`` of them in one pass.
+
+        Args:
+            matrix: V, (n, k).
+
+        Returns:
+            (m, k); equal to k times ``matvec`` up to rounding. ConfigError where V or the product does not fit.
+        """
+        count = matrix.shape[-1] if isinstance(matrix, Tensor) and matrix.ndim else 0
+        self._check("matmat takes", matrix, (self.shape[1], count))
+        if count == 0:
+            return matrix.new_zeros(self.shape[0], 0)
+        blocks = matrix.detach().chunk(math.ceil(count / self.block_size), dim=1)
+        product = torch.cat([self._matmat(block).detach() for block in blocks], dim=1)
+        self._check("the product A V is", product, (self.shape[0], count))
         return product
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         """Return A^T u, (m,) -> (n,); raises ConfigError where the vector or the product does not fit."""
-        self._check("rmatvec takes", vector, self.shape[0])
+        self._check("rmatvec takes", vector, (self.shape[0],))
         product = self._rmatvec(vector.detach()).detach()
-        self._check("the product A^T u is", product, self.shape[1])
+        self._check("the product A^T u is", product, (self.shape[1],))
         return product
 
     def to_dense(self, max_size: int = DENSE_LIMIT) -> Tensor:
@@ -104,10 +131,8 @@ class LinearOperator(ABC):
             return ProductOperator(self, other)
         if isinstance(other, Tensor) and other.ndim == 1:
             return self.matvec(other)
-        if isinstance(other, Tensor) and other.ndim == 2:  # (n, k) -> (m, k)
-            if other.shape[1] == 0:
-                return other.new_zeros(self.shape[0], 0)
-            return torch.stack([self.matvec(column) for column in other.T.contiguous()], dim=1)
+        if isinstance(other, Tensor) and other.ndim == 2:
+            return self.matmat(other)
         raise ConfigError(
             f"an operator multiplies a vector (n,), a matrix (n, k) or an operator, got {_describe(other)}. "
             "Flatten the input first."
@@ -117,17 +142,18 @@ class LinearOperator(ABC):
         tag = ", positive_semidefinite" if self.positive_semidefinite else ""
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device}{tag})"
 
-    def _check(self, what: str, vector: Tensor, size: int) -> None:
+    def _check(self, what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         fits = (
-            isinstance(vector, Tensor)
-            and vector.shape == (size,)
-            and vector.dtype == self.dtype
-            and vector.device.type == self.device.type
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype == self.dtype
+            and tensor.device.type == self.device.type
         )
         if not fits:
+            kind = "a flat vector" if len(shape) == 1 else "a matrix"
             raise ConfigError(
-                f"{self!r}: {what} a flat vector of shape ({size},), {self.dtype}, on {self.device.type}; "
-                f"got {_describe(vector)}."
+                f"{self!r}: {what} {kind} of shape {shape}, {self.dtype}, on {self.device.type}; "
+                f"got {_describe(tensor)}."
             )
 
 
@@ -172,6 +198,8 @@ class FunctionOperator(LinearOperator):
         dtype: Of the vectors.
         device: Of the vectors.
         positive_semidefinite: The tag; see ``LinearOperator``.
+        matmat: The same for several vectors, (n, k) -> (n, k); None: one by one.
+        block_size: Most vectors that ``matmat`` is given.
     """
 
     def __init__(
@@ -181,9 +209,12 @@ class FunctionOperator(LinearOperator):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         positive_semidefinite: bool = False,
+        matmat: Callable[[Tensor], Tensor] | None = None,
+        block_size: int = 1,
     ):
         super().__init__((size, size), dtype, device, positive_semidefinite)
-        self._function = matvec
+        self._function, self._block_function = matvec, matmat
+        self.block_size = block_size if matmat else 1
         self.products = 0
 
     def _matvec(self, vector: Tensor) -> Tensor:
@@ -192,6 +223,13 @@ class FunctionOperator(LinearOperator):
 
     def _rmatvec(self, vector: Tensor) -> Tensor:
         return self._matvec(vector)
+
+    def _matmat(self, matrix: Tensor) -> Tensor:
+        count = matrix.shape[1]
+        if count == 1:  # a pass for several costs more than one for one
+            return super()._matmat(matrix)
+        self.products += count
+        return self._block_function(matrix)
 
 
 class TransposedOperator(LinearOperator):

@@ -113,15 +113,14 @@ class Krylov:
         for _ in range(products):
             if self.exhausted:
                 break
-            self._step()
+            self.take(self.operator.matvec(self.next_vector))
             if stop is not None and stop(self):
                 break
         return self
 
-    def _step(self) -> None:
+    def take(self, product: Tensor) -> None:
+        """Continue by one product that the caller made: A times ``next_vector``, (n,). Raises as ``extend`` does."""
         k = self.dimension + 1
-        vector = self._rows[k - 1]
-        product = self.operator.matvec(vector)
         length = torch.linalg.vector_norm(product, dtype=torch.float64)
         basis = self._rows[:k]
         first = basis @ product

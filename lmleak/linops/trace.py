@@ -6,7 +6,7 @@ both an error of the quadrature that is measured, not assumed: Gauss against Gau
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,7 +132,7 @@ def spectral_probes(
     generator: torch.Generator,
     distribution: str = "rademacher",
 ) -> SpectralSample:
-    """Run ``steps`` Lanczos steps from each of ``num_probes`` random vectors.
+    """Run ``steps`` Lanczos steps from each of ``num_probes`` random vectors, ``operator.block_size`` side by side.
 
     Costs at most num_probes * steps products; fewer where a probe exhausts its space, and then its quadrature is
     exact. ConvergenceError as in ``lanczos``.
@@ -156,9 +156,30 @@ def spectral_probes(
             f"num_probes must be at least 2 (one probe has no standard error) and steps at least 1, "
             f"got {num_probes} and {steps}. For a small operator, exact_spectrum needs no probe."
         )
-    starts = (random_start(operator, generator, distribution) for _ in range(num_probes))
-    probes, products = zip(*(probe_quadrature(operator, start, steps=steps) for start in starts), strict=True)
-    return SpectralSample(probes, operator.shape[0], sum(products), exact=False)
+    probes, products = [], 0
+    for count in _even_parts(num_probes, operator.block_size):
+        runs = [Krylov(operator, random_start(operator, generator, distribution)) for _ in range(count)]
+        _extend_together(runs, operator, steps)
+        probes += map(_quadrature, runs)
+        products += sum(run.dimension for run in runs)
+    return SpectralSample(tuple(probes), operator.shape[0], products, exact=False)
+
+
+def _even_parts(total: int, largest: int) -> list[int]:
+    """Return nearly equal whole numbers of at most ``largest`` that add up to ``total``."""
+    parts = math.ceil(total / largest)
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _extend_together(runs: Sequence[Krylov], operator: LinearOperator, products: int) -> None:
+    """Continue every run by the same number of products, those of one step at once."""
+    for _ in range(products):
+        going = [run for run in runs if not run.exhausted]
+        if not going:
+            break
+        made = operator.matmat(torch.stack([run.next_vector for run in going], dim=1))
+        for run, product in zip(going, made.T.contiguous(), strict=True):
+            run.take(product)
 
 
 def probe_quadrature(operator: LinearOperator, start: Tensor, *, steps: int) -> tuple[Quadrature, int]:

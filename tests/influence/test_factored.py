@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from lmleak.adapters import LeNet, adapt
 from lmleak.gradients import capture_gradient
-from lmleak.influence import CosineJacobian, GradientJacobian, inversion_influence
+from lmleak.influence import CosineJacobian, GradientJacobian, PartialInputJacobian, inversion_influence
 from lmleak.influence.factors import LinearFactor
+from lmleak.influence.jacobian import IMPLEMENTATIONS
 from tests.families import FAMILIES, make
 
 
@@ -205,3 +206,53 @@ def test_a_restricted_operator_is_the_part_of_its_parameters():
     names = [n for n in fast.parameter_names if ".h.0." in n]
     v = randn(*fast.x.shape)
     assert relative(fast.restrict(names).gram(v), reference.restrict(names).gram(v)) < 1e-10
+
+
+def blocks_and_one_by_one(jacobian, count=5):
+    """Return A V by blocks of three and a column at a time."""
+    columns = randn(jacobian.dx, count, seed=4, dtype=jacobian.dtype)
+    jacobian.block_size = 3
+    many = jacobian.gram_operator()
+    jacobian.block_size = 1
+    single = jacobian.gram_operator()
+    together, alone = many.matmat(columns), single.matmat(columns)
+    assert many.products == single.products == count
+    return together, alone
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VISION])
+def test_several_products_at_once_are_those_one_by_one(name):
+    """Texts of unequal lengths, so that padding is left out of both."""
+    adapter, batch = image_problem(VISION[name]) if name in VISION else make(name)
+    together, alone = blocks_and_one_by_one(GradientJacobian(adapter, batch))
+    assert relative(together, alone) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["autodiff", "dense", "cosine", "partial", "float32"])
+def test_several_products_at_once_of_other_operators(kind):
+    adapter, batch = make("bert", size=2, dtype=torch.float32 if kind == "float32" else torch.float64)
+    jacobian = GradientJacobian(adapter, batch, implementation=kind if kind in IMPLEMENTATIONS else "factored")
+    if kind == "cosine":
+        jacobian = CosineJacobian(jacobian, capture_gradient(adapter, batch).gradient)
+    if kind == "partial":
+        jacobian = PartialInputJacobian.of_example(jacobian, 1)
+    assert relative(*blocks_and_one_by_one(jacobian)) < (1e-5 if kind == "float32" else 1e-12)
+
+
+def test_blocks_are_as_wide_as_pays():
+    adapter, batch = make("bert", size=2)
+    jacobian = GradientJacobian(adapter, batch)
+    assert jacobian.gram_operator().block_size == 64  # a tiny model
+    assert CosineJacobian(jacobian, capture_gradient(adapter, batch).gradient).gram_operator().block_size == 64
+    assert PartialInputJacobian.of_example(jacobian, 0).gram_operator().block_size == 64
+    assert GradientJacobian(adapter, batch, implementation="autodiff").gram_operator().block_size == 1
+
+
+def test_large_products_go_one_by_one(monkeypatch):
+    monkeypatch.setattr("lmleak.influence.factored.BLOCK_NUMBERS", 100_000)
+    sizes = {n: GradientJacobian(*make("bert", size=n)).block_size for n in (1, 2, 3)}
+    assert 64 > sizes[1] > sizes[2] > sizes[3] >= 1
+    lenet, images = image_problem(VISION["lenet"])
+    as_others = GradientJacobian(lenet, images)
+    monkeypatch.setattr("lmleak.influence.factored.CONVOLUTION_WEIGHT", 1)
+    assert as_others.block_size < GradientJacobian(lenet, images).block_size

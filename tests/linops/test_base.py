@@ -80,6 +80,25 @@ def test_function_operator_counts_products():
     assert operator.products == 4
 
 
+def test_blocks_are_multiplied_at_once_and_counted():
+    widths = []
+
+    def matmat(columns):
+        widths.append(columns.shape[1])
+        return gram @ columns
+
+    gram = rectangular(5, 5) @ rectangular(5, 5).T
+    operator = FunctionOperator(lambda v: gram @ v, 5, torch.float64, matmat=matmat, block_size=3)
+    columns = rectangular(5, 7, 1)
+    torch.testing.assert_close(operator.matmat(columns), gram @ columns, atol=1e-13, rtol=1e-13)
+    assert widths == [3, 3]  # a column that is left over goes alone
+    assert operator.products == 7
+    torch.testing.assert_close(operator.to_dense(), gram, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(operator @ columns[:, :1], gram @ columns[:, :1], atol=1e-13, rtol=1e-13)
+    assert widths == [3, 3, 3, 2]
+    assert FunctionOperator(lambda v: v, 5, torch.float64, block_size=3).block_size == 1  # without a matmat
+
+
 def test_products_are_detached_and_the_input_is_left_alone():
     v = torch.ones(3, dtype=torch.float64, requires_grad=True)
     out = FunctionOperator(lambda x: 3 * x, 3, torch.float64).matvec(v)
@@ -96,6 +115,13 @@ def test_shapes_dtypes_and_sizes_are_refused_with_the_expected_shape():
         operator.matvec(torch.ones(3))
     with pytest.raises(ConfigError, match="the product A v is"):
         FunctionOperator(lambda v: v[:2], 3, torch.float64).matvec(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ConfigError, match=r"matmat takes a matrix of shape \(3, 2\).*got a tensor of shape \(4, 2\)"):
+        operator.matmat(torch.ones(4, 2, dtype=torch.float64))
+    with pytest.raises(ConfigError, match=r"matmat takes a matrix.*got list"):
+        operator.matmat([[1.0], [2.0], [3.0]])
+    wrong = FunctionOperator(lambda v: v, 3, torch.float64, matmat=lambda columns: columns[:2], block_size=2)
+    with pytest.raises(ConfigError, match="the product A V is a matrix"):
+        wrong.matmat(torch.ones(3, 2, dtype=torch.float64))
     with pytest.raises(ConfigError, match="sides up to 4 are formed"):
         operator.to_dense(max_size=4)
     with pytest.raises(ConfigError, match="inner sides"):

@@ -186,3 +186,28 @@ def test_full_quadrature_is_exact_for_any_spectrum(spectrum, damping, seed):
         truth = f(diagonal).sum().item()
         np.testing.assert_allclose(sample.trace(f).value, truth, rtol=1e-9, atol=1e-12)
         assert exact_spectrum(operator).trace(f).value == pytest.approx(truth, rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 64])
+def test_probes_side_by_side_are_those_one_by_one(block_size, matrix_with_spectrum):
+    matrix = matrix_with_spectrum(SPECTRUM)
+    settings = {"size": 100, "dtype": torch.float64, "positive_semidefinite": True}
+    alone = FunctionOperator(lambda v: matrix @ v, **settings)
+    together = FunctionOperator(lambda v: matrix @ v, matmat=lambda v: matrix @ v, block_size=block_size, **settings)
+    one, many = (spectral_probes(o, num_probes=7, steps=20, generator=seeded(1)) for o in (alone, together))
+    assert one.products == many.products == together.products == 140
+    for f in FUNCTIONS.values():
+        np.testing.assert_allclose(many.trace(f).value, one.trace(f).value, rtol=1e-12)
+        np.testing.assert_allclose(many.trace(f).std_error, one.trace(f).std_error, rtol=1e-9)
+
+
+def test_probes_that_end_early_leave_the_others_going():
+    """On a projector every probe is exhausted after two products, and nothing is multiplied for it afterwards."""
+    diagonal = torch.tensor([1.0] * 4 + [0.0] * 6, dtype=torch.float64)
+    operator = FunctionOperator(
+        lambda v: diagonal * v, 10, torch.float64, positive_semidefinite=True,
+        matmat=lambda v: diagonal[:, None] * v, block_size=4,
+    )  # fmt: skip
+    sample = spectral_probes(operator, num_probes=6, steps=9, generator=seeded(0))
+    assert sample.products == operator.products == 12
+    assert sample.trace(lambda x: x).value == pytest.approx(4.0, rel=1e-12)
