@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import shown, table
 from lmleak.adapters import LeNet, adapt
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
 from lmleak.influence.jacobian import InputJacobian
@@ -44,7 +45,7 @@ def main() -> None:
             results.append(measure(scale, seed, options.damping, options.noise_std))
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
-    Console(width=150).print(table(results))
+    Console(width=150).print(as_table(results))
 
 
 def measure(scale: float, seed: int, damping: float, noise_std: float) -> dict:
@@ -112,7 +113,7 @@ def fixed_step_descent(
     return b, size / response.norm().item(), steps
 
 
-def table(results: list[dict]) -> Table:
+def as_table(results: list[dict]) -> Table:
     """Return the figures as a table; I2F in l2, errors of the vector relative to the dense float64 solve."""
     columns = {
         "weights x": "scale", "seed": "seed", "lambda_max": "lambda_max", "dense I2F": "truth", "ours": "ours",
@@ -120,13 +121,8 @@ def table(results: list[dict]) -> Table:
         "descent": "descent", "error ": "descent_error", "residual ": "descent_residual",
         "products ": "descent_products", "s ": "descent_seconds",
     }  # fmt: skip
-    grid = Table(title="Damped I2F: the dense solve, ours, and fixed-step descent")
-    for title in columns:
-        grid.add_column(title, justify="right")
-    for result in results:
-        values = (result[key] for key in columns.values())
-        grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    return grid
+    lines = [[shown(result[key]) for key in columns.values()] for result in results]
+    return table("Damped I2F: the dense solve, ours, and fixed-step descent", list(columns), lines)
 
 
 if __name__ == "__main__":

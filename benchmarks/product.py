@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.cases import run_cases, shown
-from benchmarks.influence import SHAPES, clock
+from benchmarks.cases import run_cases, shown, table
+from benchmarks.influence import SHAPES
+from benchmarks.influence_measures import clock, load, random_batch
+from benchmarks.reference import plain_gradient
 
 COLUMNS = {
     "shape": "shape", "tokens": "tokens", "gradient s": "gradient_seconds", "set-up": "setup_gradients",
@@ -50,13 +51,9 @@ def main() -> None:
         for measure in MEASURES
     ]
     results = run_cases("benchmarks.product", cases, options.output)
-    rows = by_shape_and_length(results)
-    grid = Table(title=f"Set-up and product ({options.implementation}) in gradients of the same model")
-    for title in COLUMNS:
-        grid.add_column(title, justify="right")
-    for row in rows:
-        grid.add_row(*(shown(row.get(k)) for k in COLUMNS.values()))
-    Console(width=140).print(grid)
+    lines = [[shown(row.get(k)) for k in COLUMNS.values()] for row in by_shape_and_length(results)]
+    title = f"Set-up and product ({options.implementation}) in gradients of the same model"
+    Console(width=140).print(table(title, list(COLUMNS), lines))
 
 
 def by_shape_and_length(results: list[dict]) -> list[dict]:
@@ -74,22 +71,10 @@ def by_shape_and_length(results: list[dict]) -> list[dict]:
 
 
 def prepared(shape: str, tokens: int, threads: int):
-    """Return the adapter and a batch of one text, as the benchmarks of influence take it."""
-    from lmleak import load_adapter
-
+    """Return the adapter and a batch of one text."""
     torch.set_num_threads(threads)
-    adapter = load_adapter(shape)
-    ids = torch.randint(10, 1000, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    return adapter, adapter.batch([ids], [0] if adapter.task == "sequence-classification" else None)
-
-
-def gradient_of(adapter, batch) -> tuple:
-    """Return the gradient by the shared parameters, by one plain backward pass."""
-    selection = adapter.select("no-word-embeddings")
-    parameters = adapter.parameters()
-    theta = {n: parameters[n].detach().requires_grad_() for n in selection.names}
-    loss = adapter.shared_loss(batch, adapter.input(batch), theta, selection)
-    return torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    adapter = load(shape, None, None, "cpu")
+    return adapter, random_batch(adapter, 1, tokens)
 
 
 def measure_time(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
@@ -98,13 +83,13 @@ def measure_time(shape: str, tokens: int, threads: int, repeats: int, implementa
     from lmleak.influence import InfluenceSolver
 
     adapter, batch = prepared(shape, tokens, threads)
-    gradient_of(adapter, batch)
+    plain_gradient(adapter, batch)
     setup, jacobian = clock(lambda: GradientJacobian(adapter, batch, implementation=implementation), "cpu")
     v = torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(1))
     jacobian.gram(v)  # the first product makes what the others reuse
     gradient, product = [], []
     for _ in range(repeats):
-        gradient.append(clock(lambda: gradient_of(adapter, batch), "cpu")[0])
+        gradient.append(clock(lambda: plain_gradient(adapter, batch), "cpu")[0])
         product.append(clock(lambda: jacobian.gram(v), "cpu")[0])
     setups = [setup]
     for _ in range(2):
@@ -125,7 +110,7 @@ def measure_gradient_memory(shape: str, tokens: int, threads: int, repeats: int,
     """Return what one gradient evaluation needs beyond the model, and the model's size, in MiB."""
     adapter, batch = prepared(shape, tokens, threads)
     before = restart_peak()
-    gradient_of(adapter, batch)
+    plain_gradient(adapter, batch)
     model = sum(p.numel() * p.element_size() for p in adapter.model.parameters()) / 2**20
     return {"gradient_working_mib": resident("VmHWM") - before, "model_mib": model}
 

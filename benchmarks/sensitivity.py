@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.cases import ROOT, markdown, run_cases, shown, table
+from benchmarks.cases import markdown, run_cases, shown, table
+from benchmarks.influence import shape_source
 from benchmarks.influence_measures import clock, load, median, peak_gib, random_batch
 from benchmarks.reference import plain_gradient
 
@@ -72,10 +73,9 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))), flush=True)
         return
-    known = lambda name: ROOT / "configs" / "models" / f"{name}.yaml"
     cases = [
-        {"shape": str(known(name).relative_to(ROOT)) if known(name).exists() else name, "tokens": tokens,
-         "probes": probes, "device": options.device, "threads": options.threads}
+        {"shape": shape_source(name), "tokens": tokens, "probes": probes, "device": options.device,
+         "threads": options.threads}
         for name in options.shapes for tokens in options.lengths for probes in options.probes
     ]  # fmt: skip
     rows = run_cases("benchmarks.sensitivity", cases, options.output)

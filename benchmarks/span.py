@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import run_cases
-from benchmarks.influence import clock, report
+from benchmarks.cases import run_cases, shown, table
+from benchmarks.influence_measures import clock, median, report
 
 SHAPE = "configs/models/gpt2.yaml"
 
@@ -43,7 +43,7 @@ def main() -> None:
          "device": options.device, "reference": options.reference}
         for batch, tokens in sizes
     ]  # fmt: skip
-    Console(width=150).print(table(run_cases("benchmarks.span", cases, options.output)))
+    Console(width=150).print(as_table(run_cases("benchmarks.span", cases, options.output)))
 
 
 def measure(shape: str, batch: int, tokens: int, threads: int, device: str, reference: bool) -> dict:
@@ -55,11 +55,11 @@ def measure(shape: str, batch: int, tokens: int, threads: int, device: str, refe
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(10, adapter.vocabulary_size - 10, (batch, tokens), generator=generator).tolist()
     truth = adapter.batch(texts)
-    gradient_seconds, shared = median(lambda: lmleak.capture_gradient(adapter, truth), device)
+    gradient_seconds, shared = median(lambda: lmleak.capture_gradient(adapter, truth), device, runs=3)
     report(f"gradient {gradient_seconds:.2f} s")
     # Memory by the first run: later ones reuse what the allocator kept.
     peak_bytes = lmleak.run_attack("span", adapter, shared).cost.peak_bytes
-    span_seconds, recovered = median(lambda: lmleak.run_attack("span", adapter, shared), device)
+    span_seconds, recovered = median(lambda: lmleak.run_attack("span", adapter, shared), device, runs=3)
     score = lmleak.score_text(recovered, truth)
     report(f"span {span_seconds:.2f} s, exact match {score.exact_match:.2f}")
     held = 4 * (sum(p.numel() for p in adapter.model.parameters()) + shared.num_coordinates)
@@ -84,13 +84,7 @@ def measure(shape: str, batch: int, tokens: int, threads: int, device: str, refe
     return figures
 
 
-def median(action, device: str) -> tuple[float, object]:
-    """Return the median seconds of three runs, after one that warms up, and the last value."""
-    runs = [clock(action, device) for _ in range(4)][1:]
-    return sorted(seconds for seconds, _ in runs)[1], runs[-1][1]
-
-
-def table(results: list[dict]) -> Table:
+def as_table(results: list[dict]) -> Table:
     """Return the figures as a table."""
     columns = {
         "batch": "batch", "tokens": "tokens", "gradient s": "gradient_seconds", "span s": "span_seconds",
@@ -98,13 +92,9 @@ def table(results: list[dict]) -> Table:
         "memory_over_model_and_gradient", "published s": "reference_seconds", "exact but last":
         "reference_exact_but_last", "speed-up": "speedup",
     }  # fmt: skip
-    grid = Table(title=f"span on {results[0]['shape']}, {results[0]['device']}, {results[0]['threads']} threads")
-    shown = {title: key for title, key in columns.items() if key in results[0]}
-    for title in shown:
-        grid.add_column(title, justify="right")
-    for result in results:
-        grid.add_row(*(f"{result[k]:.3g}" if isinstance(result[k], float) else str(result[k]) for k in shown.values()))
-    return grid
+    columns = {title: key for title, key in columns.items() if key in results[0]}
+    title = f"span on {results[0]['shape']}, {results[0]['device']}, {results[0]['threads']} threads"
+    return table(title, list(columns), [[shown(result[key]) for key in columns.values()] for result in results])
 
 
 if __name__ == "__main__":

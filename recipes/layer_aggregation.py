@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
-from lmleak.evaluation.layers import ALL, Measure, Row
+from lmleak.evaluation.layers import Measure, Row
 from lmleak.leakage.cross_fitting import Candidate, Candidates, Folds, make_target
 from lmleak.leakage.families import FAMILIES
 from lmleak.leakage.vinformation import VInformation, information_between
@@ -133,7 +133,7 @@ def naive_rows(cases: Sequence[Prepared], number: int, measure: Measure) -> list
     single = next(c for c in cases if c.case.batch_size == 1 and c.case.epochs == case.case.epochs
                   and (c.case.source, c.case.model) == (case.case.source, case.case.model))  # fmt: skip
     analysis, rows = case.analysis, case.analysis.chosen
-    layers = list(analysis.layers) if measure.layer == ALL else [measure.layer]
+    layers = analysis.members(measure.layer)
     found = transferred_information(
         single.analysis.features(layers, rows), analysis.features(layers, rows), analysis.target(measure, rows),
         family=measure.family, folds=analysis.settings.folds, seed=analysis.settings.seed,

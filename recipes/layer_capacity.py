@@ -85,13 +85,9 @@ def row_of(case: Prepared, number: int, what: str, measure: Measure, found: VInf
 
 
 def inputs_of(case: Prepared, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
-    """Return features and target of one piece of work; pixels as images."""
+    """Return features and target of one piece of work."""
     analysis, rows = case.analysis, case.analysis.chosen
-    layers = list(analysis.layers) if measure.layer == ALL else [measure.layer]
-    target = analysis.target(measure, rows)
-    if measure.group == "original":
-        target = target.reshape(len(target), *analysis.adapter.image_shape)
-    return analysis.features(layers, rows), target
+    return analysis.features(analysis.members(measure.layer), rows), analysis.target(measure, rows)
 
 
 def nested_information(
@@ -127,7 +123,7 @@ def nested_information(
 def family_rows(config: CapacityConfig, case: Prepared, number: int, measure: Measure) -> list[Row]:
     """Return the information of every family about one target in one layer, and the learning curve of one."""
     features, target = inputs_of(case, measure)
-    families = [f for f in config.families if f != DECODER or measure.group == "original"]
+    families = case.analysis.families(measure.group)
     options = {"folds": config.folds, "seed": config.seed}
     found = nested_information(features, target, families, **options)
     rows = [row_of(case, number, "family", measure, each) for each in found]
@@ -214,7 +210,7 @@ def main(argv: list[str]) -> None:
             lookup("layer", layer, dict.fromkeys([*case.analysis.layers, ALL]))
         items += [
             (i, m) for m in case.analysis.measures()
-            if (not config.layers or m.layer in config.layers) and m.family == config.families[0]
+            if (not config.layers or m.layer in config.layers) and m.family == case.analysis.families(m.group)[0]
         ]  # fmt: skip
         items += [(i, None)] if config.attacked else []
 

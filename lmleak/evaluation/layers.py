@@ -118,12 +118,16 @@ class LayerAnalysis:
             rows = self._one_of_each_source(s.pairs)
             gradients, labels = self.store.features(layer, rows), self.target(measure, rows)
             return [self._row(measure, layer, comparison(measure.group, gradients, labels, s))]
-        features = self.features(list(self.layers) if layer == ALL else [layer], self.chosen)
+        features = self.features(self.members(layer), self.chosen)
         numbers = information(
             features, self.target(measure, self.chosen), s, family=measure.family, groups=self.groups_of(self.chosen),
             tested=measure.family == self.families(measure.group)[0],
         )  # fmt: skip
         return [self._row(measure, layer, numbers)]
+
+    def members(self, layer: str) -> list[str]:
+        """Return the layers that a row's layer stands for: all of them, or itself."""
+        return list(self.layers) if layer == ALL else [layer]
 
     def features(self, layers: Sequence[str], rows: NDArray) -> NDArray:
         """Return what predictors read of some layers of some gradients, (n, p): directions and norms, side by side."""
