@@ -7,11 +7,11 @@ from lmleak.evaluation.recover import AttackConfig, AttackResult, run_recovery
 from lmleak.evaluation.run import exit_status, finish, process_state, run_items
 from lmleak.evaluation.score import ImageScoreResult, ScoreConfig, ScoreResult, run_score
 from lmleak.evaluation.shards import ResultFolder
-from lmleak.evaluation.split import split_layers, split_restarts, split_spectrum
+from lmleak.evaluation.split import split_restarts, split_spectrum
 
 __all__ = [
     "AttackConfig", "AttackResult", "AuditConfig", "AuditResult", "CaptureConfig", "CaptureResult", "ExampleEvaluator",
     "ExampleSettings", "ImageScoreResult", "ResultFolder", "ScoreConfig", "ScoreResult", "exit_status", "finish",
-    "process_state", "run_audit", "run_capture", "run_items", "run_recovery", "run_score", "split_layers",
+    "process_state", "run_audit", "run_capture", "run_items", "run_recovery", "run_score",
     "split_restarts", "split_spectrum",
 ]  # fmt: skip

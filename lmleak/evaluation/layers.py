@@ -30,7 +30,7 @@ from lmleak.leakage.families import DECODER
 
 EXTENDED = "deep-mlp"  # what the decoder of images adds to
 
-__all__ = ["ALL", "GROUPS", "LayerAnalysis", "LayerSettings", "Measure", "Row", "layer_table"]
+__all__ = ["ALL", "GROUPS", "LayerAnalysis", "LayerSettings", "Measure", "Row"]
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,6 @@ class Measure:
     target: str | None = None
     """The attribute to infer, or the original to reconstruct."""
     family: str | None = None
-
-
-def layer_table(
-    adapter: ModelAdapter, examples: LabelledExamples, store: GradientStore, settings: LayerSettings
-) -> list[Row]:
-    """Return every metric of every layer, one row per layer and group of metrics (and target, and family).
-
-    Args:
-        adapter: The model.
-        examples: The data, whose attributes are inferred.
-        store: Its released gradients (:func:`lmleak.evaluation.layers_capture.capture_store`).
-        settings: What is measured.
-
-    Returns:
-        Rows that begin with ``key``, ``layer``, ``place`` (in the network, from 0), ``parameters``, ``group``,
-        ``target`` and ``family``; what follows depends on the group and is documented where it is computed.
-    """
-    analysis = LayerAnalysis(adapter, examples, store, settings)
-    return [row for measure in analysis.measures() for row in analysis.rows(measure)]
 
 
 class LayerAnalysis:
@@ -107,7 +88,11 @@ class LayerAnalysis:
         return list(dict.fromkeys(map(usual, self.settings.families)))
 
     def rows(self, measure: Measure) -> list[Row]:
-        """Return the rows of one piece of work."""
+        """Return the rows of one piece of work, one per layer (and target, and family).
+
+        They begin with ``key``, ``layer``, ``place`` (in the network, from 0), ``parameters``, ``group``, ``target``
+        and ``family``; what follows depends on the group and is documented where it is computed.
+        """
         s, layer = self.settings, measure.layer
         if layer is None:
             of_layers = sensitivity_of_layers if measure.group == "sensitivity" else influence_by_release

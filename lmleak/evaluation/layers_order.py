@@ -97,7 +97,7 @@ def layer_scores(rows: Sequence[Row]) -> list[LayerScores]:
     several families were measured the largest counts.
 
     Args:
-        rows: Of :func:`lmleak.evaluation.layers.layer_table`.
+        rows: Of :meth:`lmleak.evaluation.layers.LayerAnalysis.rows`, of all measures.
 
     Returns:
         The metrics, in the order of ``METRICS``.

@@ -4,7 +4,6 @@ The model is replicated and nothing is wrapped. Every process draws all random s
 of its own number; so one process and several differ by nothing but which of them worked.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,6 @@ from lmleak.errors import ConfigError
 from lmleak.evaluation.run import gather
 from lmleak.gradients.shared import SharedGradient
 from lmleak.influence.jacobian import InputJacobian
-from lmleak.influence.split import LayerShare, layer_energies, layer_shares
 from lmleak.linops import SpectralSample, probe_quadrature, random_start
 from lmleak.types import Reconstruction
 
@@ -50,32 +48,6 @@ def split_spectrum(
             own.append((k, *probe_quadrature(operator, start, steps=steps)))
     _, quadratures, products = zip(*sorted(gather(own, state), key=lambda probe: probe[0]), strict=True)
     return SpectralSample(quadratures, operator.shape[0], sum(products), exact=False)
-
-
-def split_layers(
-    jacobian: InputJacobian,
-    roles: Mapping[str, tuple[str, ...]],
-    state: PartialState,
-    *,
-    num_probes: int = 16,
-    seed: int = 0,
-) -> dict[str, LayerShare]:
-    """Return how tr(A) divides among layers as ``information_by_layer`` does, its probes split over the processes.
-
-    Args:
-        jacobian: J of the same example on every process.
-        roles: Parameter names per layer.
-        state: This process's place.
-        num_probes: Number of probes, at least 2, of all processes together.
-        seed: Seed of the probes.
-
-    Returns:
-        Share and standard error per layer, on every process.
-    """
-    own = _own(num_probes, state)
-    layers, energy = layer_energies(jacobian, roles, own, num_probes=num_probes, seed=seed)
-    rows = sorted(gather(list(zip(own, energy.tolist(), strict=True)), state))
-    return layer_shares(layers, torch.tensor([row for _, row in rows], dtype=torch.float64))
 
 
 def split_restarts(

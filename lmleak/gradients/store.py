@@ -10,7 +10,6 @@ The folder holds private attributes: it is the data owner's, and no attack reads
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -256,11 +255,6 @@ class GradientStore:
         """Return one attribute (n, ...) of the examples asked for, likewise."""
         lookup("attribute", name, dict.fromkeys(self._attribute_names))
         return self._read(f"attributes/{name}", rows)
-
-    @cached_property
-    def attributes(self) -> dict[str, Tensor]:
-        """Every attribute by name, (n, ...)."""
-        return {name: self._read(f"attributes/{name}") for name in self._attribute_names}
 
     def _read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
         wanted, order = (None, None) if rows is None else self._checked(rows).sort(stable=True)

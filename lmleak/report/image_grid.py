@@ -15,6 +15,7 @@ from lmleak.report.drawing import GREY, house_style
 from lmleak.report.rows import compact
 
 CELL = 1.45  # inches, width of one image
+PER_ROW = 8  # images that have no original beside them
 BAR = 3.6  # inches, length of the scale
 SMALLEST_LIMIT = 1e-12  # so that equal images have a scale, too
 DIFFERENCE = "recovered - original\n(pixel values, white - black = 1)"
@@ -79,13 +80,12 @@ def image_grid(
     return figure
 
 
-def image_rows(images: Tensor, titles: Sequence[str], *, columns: int = 8) -> Figure:
+def image_rows(images: Tensor, titles: Sequence[str]) -> Figure:
     """Draw images that have no original beside them, clipped to [0, 1]; one that is not finite is a grey field.
 
     Args:
         images: Pixel values (N, C, H, W) with one channel or three.
         titles: One short string each.
-        columns: Images per row.
 
     Returns:
         The figure, for :func:`lmleak.report.drawing.encode`.
@@ -98,7 +98,7 @@ def image_rows(images: Tensor, titles: Sequence[str], *, columns: int = 8) -> Fi
             f"expected images (N, C, H, W) with one channel or three and a title each, got {tuple(images.shape)} and "
             f"{len(titles)} titles"
         )
-    columns = min(columns, len(images))
+    columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
     width, height = CELL, CELL * images.shape[2] / images.shape[3]
     with house_style():

@@ -15,7 +15,7 @@ from lmleak.data.images import load_images
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation.attacks import Sharing
-from lmleak.evaluation.layers import ALL, GROUPS, LayerAnalysis, LayerSettings, Measure, layer_table
+from lmleak.evaluation.layers import ALL, GROUPS, LayerAnalysis, LayerSettings, Measure
 from lmleak.evaluation.layers_capture import CaptureSettings, audited_layers, capture_store, release_rows
 from lmleak.evaluation.layers_examples import image_examples, text_examples
 from lmleak.evaluation.layers_order import METRICS, LayerScores, layer_scores, rank_agreement
@@ -68,7 +68,7 @@ def analysis(digits, settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(analysis):
-    return layer_table(analysis.adapter, analysis.examples, analysis.store, analysis.settings)
+    return [row for measure in analysis.measures() for row in analysis.rows(measure)]
 
 
 # Captured gradients ----------------------------------------------------------------------------------------

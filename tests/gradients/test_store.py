@@ -36,7 +36,7 @@ def test_features_and_attributes_are_those_written_whatever_the_parts(tmp_path):
     store = GradientStore(tmp_path / "s")
     assert store.layers == tuple(LAYERS)
     assert len(store) == 10
-    assert torch.equal(store.attributes["label"], attributes["label"])
+    assert torch.equal(store.attribute("label"), attributes["label"])
     for layer, names in LAYERS.items():
         expected = random_projection([rows[n] for n in names], 8, layer=layer, seed=0)
         torch.testing.assert_close(store.features(layer), expected, rtol=1e-6, atol=1e-6)
@@ -107,7 +107,7 @@ def test_a_killed_writer_goes_on_at_the_last_whole_shard(tmp_path, projection):
     write(tmp_path / "killed", projection=projection)
     write(tmp_path / "whole", projection=projection)
     one, other = GradientStore(tmp_path / "killed"), GradientStore(tmp_path / "whole")
-    assert torch.equal(one.attributes["label"], other.attributes["label"])
+    assert torch.equal(one.attribute("label"), other.attribute("label"))
     for layer in LAYERS:
         torch.testing.assert_close(one.features(layer), other.features(layer), rtol=1e-6, atol=1e-6)
 
@@ -287,8 +287,8 @@ def test_gradients_of_a_model_are_stored_and_resumed_by_number(tmp_path):
     store_gradients(writer(tmp_path / "a"), adapter, batches(7), shared="all")
     store_gradients(writer(tmp_path / "a"), adapter, batches(), shared="all")
     store = GradientStore(tmp_path / "a")
-    assert torch.equal(store.attributes["label"], labels)
-    assert torch.equal(store.attributes["pixels"], pixels.flatten(1))
+    assert torch.equal(store.attribute("label"), labels)
+    assert torch.equal(store.attribute("pixels"), pixels.flatten(1))
     whole = per_example_gradients(adapter, adapter.batch(pixels, labels), shared="all").gradient
     for layer, names in layers.items():
         expected = random_projection([whole[n] for n in names], 16, layer=layer, seed=0)
