@@ -1,8 +1,10 @@
 """Writing files so that a reader sees the old one or the new one, never a part."""
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +50,24 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
 def write_bytes_atomically(path: str | os.PathLike, content: bytes) -> Path:
     """Write a file, a picture for one, by :func:`write_atomically`."""
     return write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_csv_atomically(path: str | os.PathLike, entries: Sequence[Mapping[str, object]]) -> Path:
+    """Write a table by :func:`write_atomically`: real numbers to four digits, nothing where there is None.
+
+    Args:
+        path: Where the file goes.
+        entries: Lines, at least one; the first one's keys are the columns.
+
+    Returns:
+        The path.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
+    writer.writeheader()
+    for entry in entries:
+        writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()})
+    return write_text_atomically(path, text.getvalue())
 
 
 def write_tensors_atomically(

@@ -36,12 +36,13 @@ from lmleak.evaluation import (
     process_state,
     run_items,
 )
-from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, gradient_seconds, model_of, seeded_batch
+from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, gradient_seconds, model_of
 from lmleak.evaluation.audit import example_settings, identity, make_items
 from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.model import ModelConfig
-from lmleak.files import write_bytes_atomically, write_text_atomically
-from lmleak.report.comparison import compare, comparison_csv, comparison_figure, comparison_table, refusal_lines
+from lmleak.evaluation.scored import seeded_batch
+from lmleak.files import write_bytes_atomically, write_csv_atomically
+from lmleak.report.comparison import compare, comparison_figure, comparison_table, refusal_lines
 from lmleak.report.drawing import encode
 
 EMBEDDED = "embedded"
@@ -199,7 +200,7 @@ def main(argv: list[str]) -> None:
     rows = run_items(items, lambda i, item: item_rows(config, i, item), folder, state, label="attacking")
     if state.is_main_process:
         entries = compare(rows, seed=config.seed)
-        write_text_atomically(folder.path / "attack_comparison.csv", comparison_csv(entries))
+        write_csv_atomically(folder.path / "attack_comparison.csv", entries)
         image = encode(comparison_figure(entries), "png")
         write_bytes_atomically(folder.path / "attack_comparison.png", image)
         Console(width=None if sys.stdout.isatty() else 200).print(comparison_table(entries))

@@ -33,10 +33,11 @@ from lmleak.config import check_counts, parse_config
 from lmleak.defenses import derived_seed, parse_defense
 from lmleak.errors import ConfigError
 from lmleak.evaluation import AuditConfig, ResultFolder, exit_status, finish, process_state, run_items
-from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, model_of, seeded_batch
+from lmleak.evaluation.attacks import Sharing, attack_result, attack_specs, model_of
 from lmleak.evaluation.audit import identity, make_items
 from lmleak.evaluation.circumstances import decisive_settings
 from lmleak.evaluation.model import ModelConfig, load_text_model
+from lmleak.evaluation.scored import seeded_batch
 from lmleak.files import write_text_atomically
 from lmleak.types import Aggregation
 

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from defense_report import comparison, figure, tables, write_csv
+from defense_report import comparison, figure, tables
 from defense_settings import Setting, start_anew
 from rich.console import Console
 from torch import Tensor
@@ -42,6 +42,7 @@ from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
 from lmleak.evaluation import ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.audit import identity
 from lmleak.evaluation.labels import class_numbers
+from lmleak.files import write_csv_atomically
 from lmleak.metrics import score_text
 from lmleak.types import IGNORE, TextBatch
 
@@ -301,7 +302,7 @@ def main(argv: list[str]) -> None:
     rows = run_items(items, work, folder, state, label="comparing")
     if state.is_main_process:
         entries = comparison(rows, config)
-        write_csv(entries, folder.path / "defense_comparison.csv")
+        write_csv_atomically(folder.path / "defense_comparison.csv", [asdict(entry) for entry in entries])
         figure(entries, folder.path / "defense_comparison.png")
         console = Console(width=None if sys.stdout.isatty() else 200)
         for table in tables(entries, config):

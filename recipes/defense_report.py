@@ -1,9 +1,7 @@
 """From the rows of ``defense_comparison.py`` to its numbers, table and figure."""
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from lmleak.defenses.privacy import epsilon
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically
 from lmleak.metrics.agreement import bootstrap_mean, paired_bootstrap
 from lmleak.report.drawing import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
 
@@ -162,16 +160,6 @@ def tables(entries: Sequence[Entry], config) -> tuple[Table, Table]:
         cells = [number(recall) + ("" if within else "*") for recall, within in found]
         equal.add_row(family, *cells, f"{least.token_recall:.2f} at {100 * least.lost:.1f} lost ({least.setting})")
     return every, equal
-
-
-def write_csv(entries: Sequence[Entry], path: Path) -> None:
-    """Write one line per setting, numbers to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(asdict(entries[0])), lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(entry).items()})
-    write_text_atomically(path, text.getvalue())
 
 
 def figure(entries: Sequence[Entry], path: Path) -> None:

@@ -1,7 +1,5 @@
 """Statistics, tables and figures of the recipe image_influence."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
 
 LOCAL = {"local": "local_rmse", "local-map": "local_map_rmse"}  # attackers who start at the truth: their field
@@ -109,16 +107,6 @@ def medians(rows: Sequence[dict]) -> list[dict]:
 
 
 # Tables ----------------------------------------------------------------------------------------------------
-
-
-def as_csv(entries: Sequence[dict]) -> str:
-    """Return a csv file's text; numbers to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in entry.items()})
-    return text.getvalue()
 
 
 def regime_table(entries: Sequence[dict], linear_below: float, tolerance: float) -> Table:
@@ -243,8 +231,8 @@ def write_results(
 ) -> list[Table]:
     """Write tables and figures, and return the tables for people."""
     entries, middle = regimes(rows, linear_below=linear_below, tolerance=tolerance, seed=seed), medians(rows)
-    write_text_atomically(folder / "image_influence.csv", as_csv(entries))
-    write_text_atomically(folder / "image_influence_levels.csv", as_csv(middle))
+    write_csv_atomically(folder / "image_influence.csv", entries)
+    write_csv_atomically(folder / "image_influence_levels.csv", middle)
     figures = {"image_influence": error_figure(rows, linear_below), "image_influence_damping": damping_figure(rows)}
     for name, figure in figures.items():
         image = encode(figure, "png")

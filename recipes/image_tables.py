@@ -1,6 +1,5 @@
 """Tables and files that the studies on images write."""
 
-import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically, write_text_atomically
 from lmleak.report.drawing import encode
 
 Entry = Mapping[str, object]
@@ -35,15 +34,6 @@ def cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def as_csv(entries: Sequence[Entry]) -> str:
-    """Return the text of a csv file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: cell(value) for key, value in entry.items()} for entry in entries)
-    return text.getvalue()
-
-
 def as_markdown(entries: Sequence[Entry]) -> str:
     """Return a table in markdown."""
     lines = [[column.replace("_", " ") for column in entries[0]], ["---"] * len(entries[0])]
@@ -63,7 +53,7 @@ def publish(
         draw: Makes the figure from them.
     """
     image = None if draw is None else in_few_colours(encode(draw(entries), "png"))
-    write_text_atomically(folder / f"{name}.csv", as_csv(entries))
+    write_csv_atomically(folder / f"{name}.csv", entries)
     write_text_atomically(folder / f"{name}.md", as_markdown(entries))
     if image is not None:
         write_bytes_atomically(folder / f"{name}.png", image)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from image_study_parts import LOCAL, LocalAttacker, classes_in_turn
-from image_tables import as_csv, as_markdown
+from image_tables import as_markdown
 from initialization_report import initialization_entries, initialization_figure, order_entries
 
 from lmleak.adapters.image_initialization import INITIALIZATIONS
@@ -38,7 +38,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, eigen_directions
 from lmleak.lookup import lookup
@@ -125,9 +125,7 @@ def write_results(config: InitializationConfig, rows: list[dict], folder, mnist:
     entries = initialization_entries(rows, mnist, config.seed)
     text = as_markdown(entries) + "\n" + as_markdown(order_entries(rows, config.seed))
     left_out = ("key", "per_example", "notes")
-    write_text_atomically(
-        folder / "rows.csv", as_csv([{k: v for k, v in r.items() if k not in left_out} for r in rows])
-    )
+    write_csv_atomically(folder / "rows.csv", [{k: v for k, v in r.items() if k not in left_out} for r in rows])
     write_text_atomically(folder / "tables.md", text)
     image = encode(initialization_figure(rows), "png")
     write_bytes_atomically(folder / "initialization.png", image)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from image_study_parts import LocalAttacker
-from image_tables import as_csv, publish
+from image_tables import publish
 from layer_cases import (
     LayerStudyConfig,
     Prepared,
@@ -50,7 +50,7 @@ from lmleak.errors import ConfigError
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.layers import Row
-from lmleak.files import write_text_atomically
+from lmleak.files import write_csv_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian
 from lmleak.influence.layers import influence_of_layers
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> None:
     folder = study_folder(config, cases)
     rows = run_items(items, work, folder, state, label="attacking layers")
     if state.is_main_process:
-        write_text_atomically(folder.path / "layer_bridge_images.csv", as_csv(image_entries(rows)))
+        write_csv_atomically(folder.path / "layer_bridge_images.csv", image_entries(rows))
         publish(folder.path, "layer_bridge_layers", layer_entries(rows))
         publish(folder.path, "layer_bridge", correlations(rows, config.seed), figure)
     finish(state)

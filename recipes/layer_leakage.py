@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from image_tables import as_csv, publish
+from image_tables import publish
 from layer_cases import (
     LayerStudyConfig,
     information,
@@ -41,7 +41,7 @@ from lmleak.data.attributes import COIN
 from lmleak.evaluation import exit_status, finish, process_state, run_items
 from lmleak.evaluation.layers import Row
 from lmleak.evaluation.layers_order import layer_scores, rank_agreement
-from lmleak.files import write_text_atomically
+from lmleak.files import write_csv_atomically
 from lmleak.report.drawing import GREY, LINE_COLOURS, house_style, light_grid, whiskers
 
 GROUPS = ("sensitivity", "subspace", "mean-difference", "latent", "original")
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     rows = run_items(items, work, folder, state, label="measuring layers")
     if state.is_main_process:
         entries = wide(layer_entries(rows))
-        write_text_atomically(folder.path / "layer_leakage_intervals.csv", as_csv(entries))
+        write_csv_atomically(folder.path / "layer_leakage_intervals.csv", entries)
         short = [{k: v for k, v in entry.items() if not k.endswith((" low", " high"))} for entry in entries]
         publish(folder.path, "layer_leakage", short, lambda _: figure(rows))
         publish(folder.path, "layer_leakage_findings", wide(headlines(rows)))

@@ -24,7 +24,7 @@ from statistics import fmean
 
 import torch
 from image_study_parts import LOCAL, LocalAttacker
-from image_tables import as_csv, as_markdown
+from image_tables import as_markdown
 from matplotlib.figure import Figure
 
 from lmleak.adapters.targets import IMAGE_TASK
@@ -40,7 +40,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically, write_text_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence import EigenDirections, GradientJacobian, eigen_directions
 from lmleak.report.drawing import BLUE, GREY, INK, ORANGE, PURPLE, VERMILION, encode, house_style, light_grid
@@ -258,7 +258,7 @@ def main(argv: list[str]) -> None:
         pictures = {"law": law_figure(rows, published=published), "grid": direction_grid(study, rows)}
         left_out = ("key", "images", "per_example", "notes")
         table = [{name: value for name, value in row.items() if name not in left_out} for row in rows]
-        write_text_atomically(folder.path / "rows.csv", as_csv(table))
+        write_csv_atomically(folder.path / "rows.csv", table)
         write_text_atomically(folder.path / "table.md", as_markdown(entries))
         for name, picture in pictures.items():
             image = encode(picture, "png")

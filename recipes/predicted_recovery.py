@@ -16,8 +16,6 @@ recipes/results (predicted_recovery*) come from configs/predicted_recovery/all.y
 core.
 """
 
-import csv
-import io
 import os
 import sys
 import time
@@ -41,7 +39,7 @@ from lmleak.defenses import GaussianNoise, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation import ResultFolder, exit_status, finish, process_state, run_items
 from lmleak.evaluation.audit import identity
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.influence.recovery import METHODS, RecoveryPredictor
 from lmleak.metrics import calibration_error
@@ -203,16 +201,6 @@ def level_means(rows: list[dict]) -> list[dict]:
     return found
 
 
-def as_csv(entries: list[dict]) -> str:
-    """Return a csv file's text; numbers to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in entry.items()})
-    return text.getvalue()
-
-
 def figure(rows: list[dict]) -> Figure:
     """Draw recall against noise per model, and below it predicted against measured probability per attacker."""
     models = list(dict.fromkeys(r["model"] for r in rows))
@@ -304,8 +292,8 @@ def main(argv: list[str]) -> None:
         pairs = [*PAIRS, *(("substitution", spec) for spec in config.attacks)]
         entries = summary(rows, pairs, config.seed)
         image = encode(figure(rows), "png")
-        write_text_atomically(folder.path / "calibration.csv", as_csv(entries))
-        write_text_atomically(folder.path / "levels.csv", as_csv(level_means(rows)))
+        write_csv_atomically(folder.path / "calibration.csv", entries)
+        write_csv_atomically(folder.path / "levels.csv", level_means(rows))
         write_bytes_atomically(folder.path / "calibration.png", image)
         Console(width=None if sys.stdout.isatty() else 160).print(console_table(entries))
         print(f"table and figure: {folder.path}")

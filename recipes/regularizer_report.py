@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from private_training import interval
 from rich.console import Console
 from rich.table import Table
-from spectral_report import as_csv
 
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically
 from lmleak.report.drawing import BLUE, ORANGE, VERMILION, encode, house_style, light_grid
 
 COLOURS = {"noise": BLUE, "regularizer": VERMILION, "dp": ORANGE}
@@ -114,9 +113,9 @@ def write_report(rows: list[dict], epsilons: Mapping[tuple[str, float], float | 
     """Write the table and the figure, and print what matters."""
     entries, gains = entries_of(rows, epsilons), paired_gain(rows)
     image = encode(curves(entries), "png")
-    write_text_atomically(path / "influence_regularizer.csv", as_csv(entries))
+    write_csv_atomically(path / "influence_regularizer.csv", entries)
     if gains:
-        write_text_atomically(path / "influence_regularizer_gain.csv", as_csv(gains))
+        write_csv_atomically(path / "influence_regularizer_gain.csv", gains)
     write_bytes_atomically(path / "influence_regularizer.png", image)
     names = ("accuracy", "rmse", "predicted", "relative", "gradient_rms")
     table = Table("arm", "strength", "epsilon", *names)

@@ -1,7 +1,5 @@
 """Table and figures of the study of shaped noise."""
 
-import csv
-import io
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lmleak.evaluation.image_attack import images_of
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically
 from lmleak.report.drawing import BLUE, GREY, ORANGE, VERMILION, encode, house_style, light_grid
 from lmleak.report.image_grid import image_grid
 
@@ -81,16 +79,6 @@ def equal_loss_table(entries: list[dict]) -> list[dict]:
             values = {f"lost {lost:g}": at_equal_loss(chosen, lost) for lost in LOSSES}
             found.append({"defense": defense, "attackers": "all" if aware else "unaware"} | values)
     return found
-
-
-def as_csv(entries: list[dict]) -> str:
-    """Return a csv file's text; numbers to four digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in entry.items()})
-    return text.getvalue()
 
 
 def curves(entries: list[dict], blind: float) -> Figure:
@@ -160,8 +148,8 @@ def write_report(rows: list[dict], truth: Tensor, path: Path) -> None:
     middle = levels[len(levels) // 2 - (len(levels) % 2 == 0)]
     blind = np.mean([r["blind_rmse"] for r in rows if r["kind"] == "leakage"])
     figures = {"spectral_defense": curves(entries, blind), "spectral_defense_images": grid(rows, truth, middle)}
-    write_text_atomically(path / "spectral_defense.csv", as_csv(entries))
-    write_text_atomically(path / "spectral_defense_equal_accuracy.csv", as_csv(equal))
+    write_csv_atomically(path / "spectral_defense.csv", entries)
+    write_csv_atomically(path / "spectral_defense_equal_accuracy.csv", equal)
     for name, figure in figures.items():
         image = encode(figure, "png")
         write_bytes_atomically(path / f"{name}.png", image)

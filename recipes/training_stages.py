@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from image_influence_measures import CURVATURES, linearized, local_rmse, predictions
-from image_influence_report import as_csv, bootstrap
+from image_influence_report import bootstrap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +50,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_bytes_atomically, write_tensors_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically, write_tensors_atomically
 from lmleak.gradients import capture_gradient
 from lmleak.lookup import lookup
 from lmleak.report.drawing import BLUE, INK, ORANGE, PURPLE, SKY, VERMILION, encode, house_style, light_grid
@@ -287,7 +287,7 @@ def main(argv: list[str]) -> None:
     rows = run_items(items, work, folder, state, label="attacking")
     if state.is_main_process:
         entries = summary(rows, config.seed)
-        write_text_atomically(folder.path / "training_stages.csv", as_csv(entries))
+        write_csv_atomically(folder.path / "training_stages.csv", entries)
         image = encode(figure(entries), "png")
         write_bytes_atomically(folder.path / "training_stages.png", image)
         Console(width=None if sys.stdout.isatty() else 200).print(console_table(entries))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from image_study_parts import LOCAL, LocalAttacker, classes_in_turn
-from image_tables import as_csv, as_markdown
+from image_tables import as_markdown
 from unfairness_report import class_entries, grid_figure, number_entries, unfairness_figure
 
 from lmleak.adapters.targets import IMAGE_TASK
@@ -37,7 +37,7 @@ from lmleak.evaluation.image_study import (
     study_folder,
     study_images,
 )
-from lmleak.files import write_bytes_atomically, write_text_atomically
+from lmleak.files import write_bytes_atomically, write_csv_atomically, write_text_atomically
 from lmleak.influence import GradientJacobian, eigen_directions
 from lmleak.report.drawing import encode
 
@@ -126,7 +126,7 @@ def write_results(config: UnfairnessConfig, studies: Mapping[int, ImageStudy], r
     plain = ("model_seed", "sample", "label", "true_chance", "unbiased_rms", "bayes_rms", "effective_rank", "attack")
     table = [{name: row.get(name) for name in (*plain, "rmse", "psnr", "ssim", "stopped")} for row in rows]
     text = as_markdown(classes) + "\n" + as_markdown(numbers)
-    write_text_atomically(folder / "rows.csv", as_csv(table))
+    write_csv_atomically(folder / "rows.csv", table)
     write_text_atomically(folder / "tables.md", text)
     for name, picture in pictures.items():
         image = encode(picture, "png")

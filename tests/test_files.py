@@ -2,6 +2,7 @@
 
 import stat
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from lmleak.files import (
     refuse_unwritable,
     write_atomically,
     write_bytes_atomically,
+    write_csv_atomically,
     write_tensors_atomically,
     write_text_atomically,
 )
@@ -44,6 +46,12 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
             write_text_atomically(target, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_table_has_four_digits_and_nothing_where_there_is_none(tmp_path):
+    lines = [{"name": "a, b", "value": 1234.56789, "count": 123456}, {"name": "c", "value": None, "count": 0}]
+    path = write_csv_atomically(tmp_path / "a.csv", [*lines, {"name": "d", "value": np.float64(1e-9 / 3), "count": 1}])
+    assert path.read_text() == 'name,value,count\n"a, b",1235,123456\nc,,0\nd,3.333e-10,1\n'
 
 
 def test_tensors_that_do_not_fit_the_disk_are_refused_as_other_files_are(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Attacks side by side: one way of sharing a gradient, one attack on what was shared, its scores and its cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
@@ -10,7 +10,7 @@ from lmleak.attacks.meter import Meter
 from lmleak.defenses import Defense, NoDefense, derived_seed
 from lmleak.errors import ConfigError
 from lmleak.evaluation.model import load_text_model
-from lmleak.evaluation.scored import DROPOUT_STREAM, MASK_STREAM, scored_attack
+from lmleak.evaluation.scored import DROPOUT_STREAM, scored_attack
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.metrics import TextScore, lamp_scores
 from lmleak.types import SINGLE_STEP, Aggregation, Reconstruction, TextBatch
@@ -56,13 +56,6 @@ class Sharing:
             aggregation=self.aggregation, dropout=self.dropout, seed=derived_seed(seed, DROPOUT_STREAM),
         )  # fmt: skip
         return shared if isinstance(self.defense, NoDefense) else self.defense.with_seed(seed)(shared)
-
-
-def seeded_batch(
-    adapter: TextAdapter, texts: Sequence[str], labels: Sequence[int] | None, *, max_length: int | None, seed: int
-) -> TextBatch:
-    """Return the private batch of some texts; for masked models the seed chooses the masked positions."""
-    return adapter.batch(texts, labels, max_length=max_length, seed=derived_seed(seed, MASK_STREAM) % 2**31)
 
 
 def gradient_seconds(adapter: TextAdapter, batch: TextBatch, shared: str) -> float:

@@ -16,12 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from lmleak.adapters import TextAdapter, load_adapter
 from lmleak.attacks import parse_attack
 from lmleak.config import check_counts
-from lmleak.data import Examples, load_examples
 from lmleak.defenses import parse_defense
 from lmleak.errors import ConfigError, DataError, UnsupportedModelError
 from lmleak.evaluation.circumstances import circumstances, decisive_settings, limit_threads
 from lmleak.evaluation.example import ExampleEvaluator, ExampleSettings
-from lmleak.evaluation.labels import batch_labels
+from lmleak.evaluation.labels import batch_labels, named_texts
 from lmleak.evaluation.model import device_of
 from lmleak.evaluation.run import process_state, run_items
 from lmleak.evaluation.shards import ResultFolder
@@ -205,15 +204,8 @@ def make_items(
     Raises:
         DataError: If there are too few examples.
     """
-    wanted = config.samples * config.batch_size
-    if config.texts:
-        examples = Examples(tuple(config.texts), tuple(config.labels) or None, "texts given on the command line")
-    else:
-        examples = load_examples(
-            config.data, text_column=config.text_column, label_column=config.label_column,
-            split=config.split, limit=wanted,
-        )  # fmt: skip
     size = config.batch_size
+    examples = named_texts(config, config.samples * size)
     count = min(config.samples, len(examples.texts) // size)
     if count == 0:
         raise DataError(f"{examples.origin} holds {len(examples.texts)} examples, fewer than batch_size={size}")

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from lmleak.adapters import TextAdapter, VisionAdapter
-from lmleak.data import Examples, load_examples, load_images
+from lmleak.data import load_images
 from lmleak.defenses import NoDefense, derived_seed, parse_defense
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation.image_records import ImageRecords
-from lmleak.evaluation.labels import batch_labels
+from lmleak.evaluation.labels import batch_labels, named_texts
 from lmleak.evaluation.model import ModelConfig, load_model
 from lmleak.evaluation.records import file_digest, json_lines, text_record
-from lmleak.evaluation.scored import DROPOUT_STREAM, MASK_STREAM
+from lmleak.evaluation.scored import DROPOUT_STREAM, seeded_batch
 from lmleak.files import refuse_unwritable, write_text_atomically
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.types import Aggregation, Batch, TextBatch
@@ -217,13 +217,7 @@ def private_batch(config: CaptureConfig, adapter: TextAdapter) -> tuple[TextBatc
     """
     size = config.batch_size or len(config.texts) or 1
     start, stop = config.index * size, (config.index + 1) * size
-    if config.texts:
-        examples = Examples(tuple(config.texts), tuple(config.labels) or None, "texts given on the command line")
-    else:
-        examples = load_examples(
-            config.data, text_column=config.text_column, label_column=config.label_column,
-            split=config.split, limit=stop,
-        )  # fmt: skip
+    examples = named_texts(config, stop)
     if len(examples.texts) < stop:
         raise DataError(
             f"batch {config.index} of size {size} needs {stop} examples, but {examples.origin} holds "
@@ -231,11 +225,8 @@ def private_batch(config: CaptureConfig, adapter: TextAdapter) -> tuple[TextBatc
         )
     labels = batch_labels(examples, adapter, given=config.labels)
     labels = None if labels is None else labels[start:stop]
-    batch = adapter.batch(
-        examples.texts[start:stop],
-        labels,
-        max_length=config.max_length,
-        padding_side=config.padding_side,
-        seed=derived_seed(config.seed, MASK_STREAM) % 2**31,
-    )
+    batch = seeded_batch(
+        adapter, examples.texts[start:stop], labels, max_length=config.max_length, padding_side=config.padding_side,
+        seed=config.seed,
+    )  # fmt: skip
     return batch, labels

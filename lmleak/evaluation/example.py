@@ -12,7 +12,7 @@ from lmleak.adapters.text import TextAdapter
 from lmleak.attacks import Attack
 from lmleak.defenses import Defense, GaussianNoise, LaplaceNoise, derived_seed
 from lmleak.evaluation.features import feature_mse
-from lmleak.evaluation.scored import MASK_STREAM, scored_attack
+from lmleak.evaluation.scored import scored_attack, seeded_batch
 from lmleak.gradients import SharedGradient, capture_gradient
 from lmleak.influence import (
     ExpectedInfluence,
@@ -97,12 +97,8 @@ class ExampleEvaluator:
         """Return one row per release of the gradient of these texts; depends on the index and settings alone."""
         s = self.settings
         seed = derived_seed(s.seed, index)
-        batch = self.adapter.batch(
-            texts,
-            labels,
-            max_length=s.max_length,
-            padding_side=s.padding_side,
-            seed=derived_seed(seed, MASK_STREAM) % 2**31,
+        batch = seeded_batch(
+            self.adapter, texts, labels, max_length=s.max_length, padding_side=s.padding_side, seed=seed
         )
         start = time.perf_counter()
         true = capture_gradient(self.adapter, batch, shared=s.shared)

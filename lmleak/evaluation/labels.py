@@ -1,11 +1,29 @@
-"""Class labels of private texts: class numbers for a classifier, and none for a language model."""
+"""Private texts that settings name, and their labels: class numbers for a classifier, none for a language model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lmleak.adapters import TextAdapter
-from lmleak.data import Examples
+from lmleak.data import Examples, load_examples
 from lmleak.errors import ConfigError, DataError
 from lmleak.lookup import suggest
+
+
+def named_texts(config: Any, limit: int) -> Examples:
+    """Return the texts that settings name: those written in ``texts``, or else the first of ``data``.
+
+    Args:
+        config: Settings with ``texts``, ``labels``, ``data``, ``text_column``, ``label_column`` and ``split``.
+        limit: Most examples read from ``data``.
+
+    Returns:
+        The texts with their labels, if they have any.
+    """
+    if config.texts:
+        return Examples(tuple(config.texts), tuple(config.labels) or None, "texts given on the command line")
+    return load_examples(
+        config.data, text_column=config.text_column, label_column=config.label_column, split=config.split, limit=limit
+    )
 
 
 def batch_labels(examples: Examples, adapter: TextAdapter, *, given: Sequence[int]) -> list[int] | None:

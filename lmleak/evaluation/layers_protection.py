@@ -166,9 +166,7 @@ class Protection:
             shared = analysis.settings.capture.sharing.release(analysis.adapter, batch, seed=seed)
             shared = hide(shared, [name for layer in hidden for name in analysis.layers[layer]])
             if isinstance(analysis.adapter, TextAdapter):
-                found = scored_attack(
-                    self.attacks[spec], analysis.adapter, shared, batch, seed=seed, more=lambda *_: {}
-                )
+                found = scored_attack(self.attacks[spec], analysis.adapter, shared, batch, seed=seed)
             else:
                 found = scored_image_attack(self.attacks[spec], analysis.adapter, shared, batch, seed=seed)
             if "refused" in found:

@@ -1,4 +1,4 @@
-"""One attack on one shared gradient: run it and score what it recovered, or say why it cannot run."""
+"""One private batch and one attack on its shared gradient: run it, and score it or say why it cannot run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +17,20 @@ ATTACK_STREAM, MASK_STREAM, DROPOUT_STREAM = 1, 2, 3
 """Random streams of one example that must not be computable from one another."""
 
 
+def seeded_batch(
+    adapter: TextAdapter,
+    texts: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    max_length: int | None,
+    seed: int,
+    padding_side: str = "right",
+) -> TextBatch:
+    """Return the private batch of some texts; for masked models the seed chooses the masked positions."""
+    masks = derived_seed(seed, MASK_STREAM) % 2**31
+    return adapter.batch(texts, labels, max_length=max_length, padding_side=padding_side, seed=masks)
+
+
 def scored_attack(
     attack: Attack,
     adapter: TextAdapter,
@@ -24,7 +38,7 @@ def scored_attack(
     batch: TextBatch,
     *,
     seed: int,
-    more: Callable[[Reconstruction, TextScore], dict],
+    more: Callable[[Reconstruction, TextScore], dict] = lambda *_: {},
     true_inputs: Sequence[Tensor] | None = None,
 ) -> dict:
     """Run one attack on what was shared and score it against the truth.

@@ -4,8 +4,6 @@ A row is one attack on one gradient: ``model``, ``data``, ``batch_size``, ``defe
 ``gradient_seconds`` and what :func:`lmleak.evaluation.attacks.attack_result` returns.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -106,16 +104,6 @@ def _difference(own: Mapping[int, Mapping], best: Mapping[int, Mapping], name: s
     ends = {"difference_low": found.low, "difference_high": found.high}
     p_value = found.p_value if len(both) >= FEWEST_FOR_P else None
     return entry | {"difference": found.value, **ends, "p_value": p_value}
-
-
-def comparison_csv(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Return the entries as a csv file's text; numbers to four digits, nothing where there is no number."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()})
-    return text.getvalue()
 
 
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:

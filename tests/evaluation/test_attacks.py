@@ -9,8 +9,9 @@ import lmleak
 from lmleak.attacks import ATTACKS, make_attack, parse_attack
 from lmleak.defenses import GaussianNoise, derived_seed, parse_defense, unit_noise
 from lmleak.evaluation import AuditConfig, ExampleEvaluator
-from lmleak.evaluation.attacks import Sharing, attack_result, gradient_seconds, seeded_batch
+from lmleak.evaluation.attacks import Sharing, attack_result, gradient_seconds
 from lmleak.evaluation.audit import example_settings
+from lmleak.evaluation.scored import seeded_batch
 from lmleak.metrics import lamp_scores
 from lmleak.types import Aggregation
 
