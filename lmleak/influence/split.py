@@ -1,6 +1,6 @@
 """Where the risk sits: per token, and per layer of the network."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,30 +54,6 @@ def information_by_layer(
 
     Returns:
         Share and standard error per layer that has shared parameters.
-    """
-    layers, energy = layer_energies(jacobian, roles, range(num_probes), num_probes=num_probes, seed=seed)
-    return layer_shares(layers, energy)
-
-
-def layer_energies(
-    jacobian: InputJacobian,
-    roles: Mapping[str, tuple[str, ...]],
-    probes: Collection[int],
-    *,
-    num_probes: int = 16,
-    seed: int = 0,
-) -> tuple[list[str], Tensor]:
-    """Return ||J_l^T v||^2 of some of the probes of ``information_by_layer``; the products are theirs alone.
-
-    Args:
-        jacobian: J.
-        roles: Parameter names per layer; parameters outside J are ignored.
-        probes: Numbers of the probes, below ``num_probes``.
-        num_probes: Number of all probes, at least 2.
-        seed: Seed of the probes.
-
-    Returns:
-        The layers that have shared parameters, and their energies (len(probes), layers) in float64, probes rising.
 
     Raises:
         ConfigError: If ``num_probes`` is less than 2.
@@ -88,16 +64,11 @@ def layer_energies(
     layers = {r: [n for n in names if n in jacobian.parameter_shapes] for r, names in roles.items()}
     layers = {r: names for r, names in layers.items() if names}
     rows = []
-    for k in range(num_probes):
+    for _ in range(num_probes):
         v = torch.randn(jacobian.x.shape, generator=generator, dtype=torch.float64).to(jacobian.x)
-        if k in probes:
-            product = jacobian.rmatvec(v)
-            rows.append([sum(product[n].double().square().sum().item() for n in names) for names in layers.values()])
-    return list(layers), torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(layers))
-
-
-def layer_shares(layers: Sequence[str], energy: Tensor) -> dict[str, LayerShare]:
-    """Return share and standard error per layer from the energies of all probes, (num_probes, layers)."""
+        product = jacobian.rmatvec(v)
+        rows.append([sum(product[n].double().square().sum().item() for n in names) for names in layers.values()])
+    energy = torch.tensor(rows, dtype=torch.float64)
     total = energy.sum(1, keepdim=True).mean().clamp(min=1e-300)
     share = energy.mean(0) / total
     # Ratio estimator: the deviation of each probe's layer energy from its share of that probe's total.
