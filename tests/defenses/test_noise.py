@@ -1,8 +1,10 @@
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmleak.defenses import Chain, Clip, GaussianNoise, LaplaceNoise, Quantize, derived_seed, unit_noise
+from lmleak.defenses import Chain, Clip, GaussianNoise, LaplaceNoise, Quantize, derived_seed, random_stream, unit_noise
+from lmleak.defenses.noise import PIECE
 from lmleak.errors import ConfigError
 from tests.launching import environment, python
 
@@ -158,3 +160,39 @@ def test_chain_flattens_and_refuses_what_makes_no_sense():
         Chain(("clip(max_norm=1)",))
     assert "Zhu" in inner.paper
     assert "Abadi" in inner.paper
+
+
+def one_draw(name, shape, seed, distribution):
+    """The definition, all numbers at once: what published noise is."""
+    generator = random_stream(seed, name, distribution)
+    if distribution == "gaussian":
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    w = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1 + 2**-53
+    return -w.sign() * torch.log1p(-w.abs()) / 2**0.5
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_noise_in_pieces_is_that_of_one_draw(distribution, monkeypatch):
+    """Around every length at which torch draws another way; float32 is the same rounded."""
+    monkeypatch.setattr("lmleak.defenses.noise.PIECE", 32)
+    for shape in [(), (0,), (1,), (15,), (16,), (31,), (32,), (33,), (63,), (64,), (65,), (7, 11), (4, 5, 8), (1000,)]:
+        expected = one_draw("a.weight", shape, 3, distribution)
+        assert torch.equal(unit_noise("a.weight", shape, torch.float64, 3, distribution), expected)
+        assert torch.equal(unit_noise("a.weight", shape, torch.float32, 3, distribution), expected.float())
+
+
+def test_large_noise_is_that_of_one_draw_and_holds_little_more_than_itself():
+    shape, largest = (3 * PIECE // 1024 + 7, 1031), 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            output = function(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+                largest = max(largest, output.numel())
+            return output
+
+    with Largest():
+        noise = unit_noise("table", shape, torch.float32, 0)
+    assert torch.equal(noise, one_draw("table", shape, 0, "gaussian").float())
+    assert PIECE <= largest < 2 * PIECE < noise.numel()
