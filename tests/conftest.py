@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Read when numpy and scipy are imported: workers side by side, each on all cores, take several times as long.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("LMLEAK_TEST_THREADS", "1")
 
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _offline_and_quiet(tmp_path_factory):
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
-    torch.set_num_threads(int(os.environ.get("LMLEAK_TEST_THREADS", "1")))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items):
