@@ -184,7 +184,7 @@ def test_gs_beats_the_public_implementation_on_mnist(real_data):
         start = 16 + 784 * i
         digit = torch.tensor(list(raw[start : start + 784])).reshape(1, 1, 28, 28).double() / 255
         shared = lmleak.capture_gradient(adapter, adapter.batch(digit, [labels[8 + i]]), shared="all")
-        recovered = lmleak.run_attack("gs", adapter, shared, iterations=1000)
+        recovered = lmleak.run_attack("gs", adapter, shared, iterations=500)
         found.append(psnr(recovered.images, digit))
     assert min(found) >= 23.4  # reached: 53.5 and 50.9
 

@@ -33,18 +33,17 @@ def score(adapter, batch):
 @pytest.mark.slow
 def test_gpt2_small_shape(real_data):
     adapter = lmleak.load_adapter(str(SHAPE), tokenizer=str(real_data / "gpt2-bpe"))
-    for sentences, count, side in ((cola, 16, "right"), (sst2, 8, "left")):
+    for sentences, count, side in ((cola, 8, "right"), (sst2, 4, "left")):
         batch = adapter.batch(sentences(real_data, count), padding_side=side)
         assert not batch.layout["attention_mask"].all()  # unequal lengths
         assert score(adapter, batch).exact_match == 1.0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "length"), [(4, 12), (8, 32)])
-def test_gpt2_small_shape_random_tokens(size, length):
+def test_gpt2_small_shape_random_tokens():
     adapter = lmleak.load_adapter(str(SHAPE))
     generator = torch.Generator().manual_seed(1)
-    batch = adapter.batch(torch.randint(10, 50000, (size, length), generator=generator).tolist())
+    batch = adapter.batch(torch.randint(10, 50000, (8, 32), generator=generator).tolist())
     assert score(adapter, batch).exact_match == 1.0
 
 

@@ -19,7 +19,7 @@ CLASSES = {
 }  # fmt: skip
 CONFIGS = [path for name in CLASSES for path in sorted((ROOT / "configs" / name).glob("*.yaml"))]
 TINY = [
-    "--cases", "digits:cnn", "--count", "200", "--gradients", "90", "--features", "16", "--folds", "2",
+    "--cases", "digits:cnn", "--count", "200", "--gradients", "60", "--features", "8", "--folds", "2",
     "--permutations", "3", "--pairs", "40",
 ]  # fmt: skip
 
@@ -175,7 +175,8 @@ def test_two_processes_give_the_rows_of_one(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_bridge_of_a_tiny_network(recipe, tmp_path):
+def test_bridge_of_a_tiny_network(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe("layer_bridge"), "RESAMPLES", 50)
     rows, table = run(
         recipe, "layer_bridge", tmp_path, "--cases", "digits:lenet", "--epochs", "0", "--images", "2", "--iterations",
         "6", "--noise", "1e-3",
@@ -222,15 +223,15 @@ def test_defenses_of_a_tiny_network(recipe, tmp_path):
 @pytest.mark.slow
 def test_capacity_of_a_tiny_network(recipe, tmp_path):
     _, table = run(
-        recipe, "layer_capacity", tmp_path, "--families", "linear", "forest", "--sizes", "40", "80",
+        recipe, "layer_capacity", tmp_path, "--families", "linear", "forest", "--sizes", "30", "60",
         "--attacked", "16", "--attack", "gauss-newton(iterations=2)", "--epochs", "0", "--layers", "conv1",
     )  # fmt: skip
     assert {line["family"] for line in table if line["what"] == "attack"} == {
         "constant+attack", "linear+attack", "linear"
     }  # fmt: skip
     assert [line["gradients"] for line in table if line["what"] == "curve" and line["target"] == "pixels"] == [
-        "40",
-        "80",
+        "30",
+        "60",
     ]
 
 

@@ -78,7 +78,7 @@ def test_small_perturbations_obey_the_law_whatever_the_attacker(recipe):
 def test_the_law_holds_within_15_percent_over_the_published_eigenvalues(recipe):
     arguments = ["--data", str(DATA / "mnist"), "--split", "t10k", "--normalization", "mnist", "--samples", "1"]
     study = study_of(recipe, *arguments)
-    for wanted in (2.0, 0.2, 0.09, 0.01):
+    for wanted in (2.0, 0.01):  # the largest and the smallest
         (row,) = recipe.direction_rows(study, [], (0, wanted, 0.05, 1))
         assert row["eigenvalue"] == pytest.approx(wanted, rel=0.05)
         assert row["ratio"] == pytest.approx(1, rel=0.15)

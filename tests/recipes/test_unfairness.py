@@ -105,12 +105,12 @@ def test_the_grid_gives_errors_in_the_unit_of_the_predictions(load):
 
 def test_a_tiny_run_gives_rows_tables_and_figures(load, tmp_path):
     arguments = [
-        "--model-seeds", "0", "1", "--samples", "10", "--attacked", "4", "--attacked-models", "1", "--attacks",
+        "--model-seeds", "0", "1", "--samples", "10", "--attacked", "2", "--attacked-models", "1", "--attacks",
         "gauss-newton(prior_weight=0.001, iterations=5)", "--device", "cpu", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     assert load("unfairness").main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
-    assert len(rows) == 2 * 10 + 4 * 2
+    assert len(rows) == 2 * 10 + 2 * 2
     assert [row["label"] for row in rows if not row["attack"]] == [str(c) for c in range(10)] * 2
     assert all(0 < float(row["bayes_rms"]) <= min(1, float(row["unbiased_rms"])) for row in rows)
     tables = (tmp_path / "out" / "tables.md").read_text()
