@@ -5,27 +5,36 @@
 
 One gradient evaluation is the loss and its backward pass over the shared parameters, which leaves one gradient tensor
 per parameter. Times: gradient and product alternate in one process, the least of ``--repeats`` each. Memory: a process
-each for the gradient and the operator (set-up and three products); peak resident memory counted from where loading the
-model left it, once as it is ("working") and once with the model itself ("total").
+each for the gradient and the operator (set-up and three products), counted from where loading the model left it:
+"allocated" is the peak of what torch holds in tensors, "resident" that of the process, with what the allocator does
+not give back and what libraries load. The ratios count the model itself on both sides. Appends JSON lines to --output
+and writes a table beside it (.md).
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks.cases import run_cases, shown, table
+from benchmarks.cases import markdown, run_cases, shown, table
 from benchmarks.influence import SHAPES
 from benchmarks.influence_measures import clock, load, random_batch
 from benchmarks.reference import plain_gradient
 
 COLUMNS = {
     "shape": "shape", "tokens": "tokens", "gradient s": "gradient_seconds", "set-up": "setup_gradients",
-    "product": "product_gradients", "J delta": "matvec_gradients", "working MiB": "working_mib",
-    "of a gradient": "gradient_working_mib", "ratio": "working_ratio", "total ratio": "total_ratio",
+    "product": "product_gradients", "J delta": "matvec_gradients", "model MiB": "model_mib",
+    "gradient, allocated": "gradient_allocated_mib", "operator, allocated": "allocated_mib",
+    "ratio, allocated": "allocated_ratio", "gradient, resident": "gradient_resident_mib",
+    "operator, resident": "resident_mib", "ratio, resident": "resident_ratio",
 }  # fmt: skip
+NOTES = (
+    "set-up, product, J delta: seconds over those of one gradient, the least of the repeats. Memory in MiB beyond the"
+    " model; ratios with the model on both sides. One text of random tokens, random weights, float32."
+)
 
 
 def main() -> None:
@@ -53,7 +62,11 @@ def main() -> None:
     results = run_cases("benchmarks.product", cases, options.output)
     lines = [[shown(row.get(k)) for k in COLUMNS.values()] for row in by_shape_and_length(results)]
     title = f"Set-up and product ({options.implementation}) in gradients of the same model"
-    Console(width=140).print(table(title, list(COLUMNS), lines))
+    Console(width=180).print(table(title, list(COLUMNS), lines))
+    if results:
+        notes = f"{NOTES} {options.threads} threads, {options.repeats} repeats."
+        page = markdown(title, list(COLUMNS), lines, results[-1]["provenance"], notes)
+        Path(options.output).with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def by_shape_and_length(results: list[dict]) -> list[dict]:
@@ -64,9 +77,10 @@ def by_shape_and_length(results: list[dict]) -> list[dict]:
         row = rows.setdefault((case["shape"], case["tokens"]), {"shape": Path(case["shape"]).stem})
         row |= {"tokens": case["tokens"]} | result
     for row in rows.values():
-        if {"working_mib", "gradient_working_mib"} <= row.keys():
-            working, gradient, model = row["working_mib"], row["gradient_working_mib"], row["model_mib"]
-            row |= {"working_ratio": working / gradient, "total_ratio": (working + model) / (gradient + model)}
+        for kind in ("allocated", "resident"):
+            if {f"{kind}_mib", f"gradient_{kind}_mib"} <= row.keys():
+                needed, gradient, model = row[f"{kind}_mib"], row[f"gradient_{kind}_mib"], row["model_mib"]
+                row[f"{kind}_ratio"] = (needed + model) / (gradient + model)
     return list(rows.values())
 
 
@@ -109,10 +123,9 @@ def measure_time(shape: str, tokens: int, threads: int, repeats: int, implementa
 def measure_gradient_memory(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
     """Return what one gradient evaluation needs beyond the model, and the model's size, in MiB."""
     adapter, batch = prepared(shape, tokens, threads)
-    before = restart_peak()
-    plain_gradient(adapter, batch)
     model = sum(p.numel() * p.element_size() for p in adapter.model.parameters()) / 2**20
-    return {"gradient_working_mib": resident("VmHWM") - before, "model_mib": model}
+    needs = memory(lambda: plain_gradient(adapter, batch))
+    return {"model_mib": model} | {f"gradient_{kind}_mib": peak for kind, peak in needs.items()}
 
 
 def measure_operator_memory(shape: str, tokens: int, threads: int, repeats: int, implementation: str) -> dict:
@@ -120,12 +133,28 @@ def measure_operator_memory(shape: str, tokens: int, threads: int, repeats: int,
     from lmleak import GradientJacobian
 
     adapter, batch = prepared(shape, tokens, threads)
+
+    def operate() -> None:
+        jacobian = GradientJacobian(adapter, batch, implementation=implementation)
+        for seed in range(3):
+            jacobian.gram(torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(seed)))
+
+    return {f"{kind}_mib": peak for kind, peak in memory(operate).items()}
+
+
+def memory(run: Callable[[], object]) -> dict[str, float]:
+    """Return the peak MiB that a run needs: resident, and then, in a second run, allocated by torch."""
     before = restart_peak()
-    jacobian = GradientJacobian(adapter, batch, implementation=implementation)
-    setup = resident("VmHWM") - before
-    for seed in range(3):
-        jacobian.gram(torch.randn(jacobian.x.shape, generator=torch.Generator().manual_seed(seed)))
-    return {"setup_mib": setup, "held_mib": resident("VmRSS") - before, "working_mib": resident("VmHWM") - before}
+    run()
+    resident_peak = resident("VmHWM") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return {"resident": resident_peak, "allocated": peak / 2**20}
 
 
 def resident(which: str) -> float:

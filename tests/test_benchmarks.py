@@ -81,13 +81,13 @@ def test_a_measure_that_failed_leaves_a_gap_in_its_own_row_only():
     def result(tokens, measure, **figures):
         return figures | {"case": {"measure": measure, "shape": "configs/models/a.yaml", "tokens": tokens}}
 
-    gradient = {"gradient_working_mib": 10.0, "model_mib": 30.0}
+    gradient = {"gradient_allocated_mib": 10.0, "model_mib": 30.0}
     rows = product.by_shape_and_length([
-        result(32, "gradient memory", **gradient), result(32, "memory", working_mib=20.0),  # its time failed
+        result(32, "gradient memory", **gradient), result(32, "memory", allocated_mib=20.0),  # its time failed
         result(128, "time", shape="a", gradient_seconds=2.0), result(128, "gradient memory", **gradient),
     ])  # fmt: skip
     first, second = ({key: value for key, value in row.items() if key != "case"} for row in rows)
-    assert first == {"shape": "a", "tokens": 32, "working_mib": 20, "working_ratio": 2, "total_ratio": 1.25} | gradient
+    assert first == {"shape": "a", "tokens": 32, "allocated_mib": 20, "allocated_ratio": 1.25} | gradient
     assert second == {"shape": "a", "tokens": 128, "gradient_seconds": 2.0} | gradient
 
 

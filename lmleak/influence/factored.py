@@ -9,6 +9,7 @@ backward pass through the graph of DF^T c as a linear function of c: the derivat
 Both graphs are built once.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import is_linear
 from lmleak.errors import DataError
+from lmleak.influence.compact import compact_functions
 from lmleak.influence.convolutions import CONVOLUTIONS, KernelFactor, PatchFactor, convolution_factor
 from lmleak.influence.factors import (
     Factor,
@@ -66,7 +68,7 @@ class FactoredProducts(Products):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
         calls: list[Call] = []
-        with recorded(model, self.theta, calls):
+        with recorded(model, self.theta, calls), compact_functions(model):
             value = loss(self.theta, self.x)
         uses, reached = _edges(value, self.theta)
         makers = _makers([call for call in calls if call.y.grad_fn in reached])
@@ -171,16 +173,20 @@ class FactoredProducts(Products):
 
     def gram(self, v, names):
         """Return A v over the named parameters."""
-        cotangents = self._pushed(self._tangents(v), names)  # the tangents are freed before the second pass
+        cotangents = self._pushed(self._tangents(v), names)
         return self._pull_back(cotangents, self._direct(v, [n for n in names if n in self.gradient]))
 
     def _pushed(self, tangents: dict[int, Tensor], names: tuple[str, ...]) -> dict[int, Tensor]:
-        """Return M DF v."""
+        """Return M DF v; every tangent leaves the dictionary after its last use."""
         cotangents: dict[int, Tensor] = {}
-        for name in names:
-            if name in self.factors:
-                factor = self.factors[name]
-                self._add(cotangents, factor, factor.gram(self._primes(factor, tangents)))
+        factors = [self.factors[name] for name in names if name in self.factors]
+        uses = Counter(id(t) for factor in factors for t in factor.tensors)
+        for factor in factors:
+            self._add(cotangents, factor, factor.gram(self._primes(factor, tangents)))
+            for key in map(id, factor.tensors):
+                uses[key] -= 1
+                if not uses[key]:
+                    tangents.pop(key, None)
         return cotangents
 
     def _direct(self, v: Tensor, names: list[str]) -> dict[str, Tensor]:
