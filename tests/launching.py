@@ -1,13 +1,18 @@
 """Starting processes of our own: without a network, on one thread, those that talk to one another at a free port.
 
-Python and its libraries take seconds to start: a test starts as few processes as it can, and calls main() otherwise.
+Python and its libraries take seconds to start: a test that is not about starting calls main() here, or forks.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+from accelerate import PartialState, debug_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +54,35 @@ def start_by_hand(script: Path, *arguments: object, processes: int = 2) -> list[
         )
         for rank in range(processes)
     ]  # fmt: skip
+
+
+def fork(function: Callable, *arguments: object, processes: int = 2) -> None:
+    """Run a function, such as the main() of a recipe, on several processes forked from this one."""
+    debug_launcher(_anew, (function, *arguments), num_processes=processes)
+
+
+def _anew(function: Callable, *arguments: object) -> None:
+    PartialState._reset_state()  # this process's place was that of one alone
+    status = function(*arguments)
+    assert not status, f"exit status {status}"
+
+
+def fate(action: Callable[[], object], patience: float = 120) -> int:
+    """Run an action in a process forked from this one; its exit status, or the negative number of what killed it."""
+    child, status = os.fork(), 1
+    if child == 0:
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + patience
+    while True:
+        ended, wait_status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(wait_status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError(f"the process did not end in {patience} s")
+        time.sleep(0.01)

@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState, debug_launcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation import ResultFolder, finish, process_state, run_items
 from tests.evaluation import faulty_run
-from tests.launching import launch, start_by_hand
+from tests.launching import fate, fork, launch, start_by_hand
 
 DRIVER = Path(faulty_run.__file__)
 SOON = 120  # seconds for a faulty run on a busy machine; the waits it must not fall into are far longer
@@ -127,8 +126,7 @@ class SlowToRead(ResultFolder):
         return super().finished()
 
 
-def resume_slowly(path: str) -> None:
-    PartialState._reset_state()
+def resume_slowly(path: Path) -> None:
     state = process_state()
     folder = SlowToRead(path, {"items": 8})
     run_items(range(8), lambda i, item: [{"key": str(i), "by": state.process_index}], folder, state, label="working")
@@ -142,7 +140,7 @@ def test_a_process_that_reads_the_folder_late_splits_the_same_items(tmp_path):
     run.open()
     for i in range(5):
         run.append(0, i, [{"key": str(i), "by": 0}])
-    debug_launcher(resume_slowly, (str(tmp_path / "out"),), num_processes=2)
+    fork(resume_slowly, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(r["key"], r["by"]) for r in rows[5:]] == [("5", 0), ("6", 0), ("7", 1)]
 
@@ -194,9 +192,9 @@ def test_cut_anywhere_the_whole_lines_stay(tmp_path_factory, data):
 
 
 def killed_at(path: Path, rename_number: int) -> None:
-    """Fork a process that opens and merges the folder, and is killed at its rename of this number, from 0."""
-    child = os.fork()
-    if child == 0:
+    """Let a process open and merge the folder that is killed at its rename of this number, from 0."""
+
+    def run_until_killed():
         left, rename = rename_number, os.replace
 
         def replace(*arguments):
@@ -210,11 +208,8 @@ def killed_at(path: Path, rename_number: int) -> None:
         run = ResultFolder(path, {"items": 3})
         run.open()
         run.merge(range(3))
-        os._exit(0)
-    deadline = time.monotonic() + 30
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+
+    assert fate(run_until_killed) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("rename", [0, 1])

@@ -17,7 +17,7 @@ from lmleak.evaluation.image_attack import images_of, kept_images, scored_image_
 from lmleak.evaluation.image_study import ImageStudyConfig, attack_rows, image_study, study_folder, study_images
 from lmleak.evaluation.scored import ATTACK_STREAM
 from lmleak.types import AttackCost, ImageReconstruction, Normalization
-from tests.launching import launch
+from tests.launching import fork
 
 DEFENSES = ("none", "gaussian(std=0.1, unit=rms)")
 ATTACKS = ("dlg(iterations=2)", "gs(iterations=2)")
@@ -217,14 +217,6 @@ def test_a_finished_run_is_not_computed_again_and_other_inputs_are_refused(tmp_p
         run_items([0, 1], work, study_folder(replace(config, seed=5), {"lenet": study}), state, label="x")
 
 
-RECIPE = """
-import sys, torch
-from tests.evaluation.test_image_study import small_run
-torch.set_num_threads(1)
-small_run(sys.argv[1])
-"""
-
-
 def small_run(folder):
     config = ImageStudyConfig(samples=3, batch_size=2, device="cpu", output=str(folder))
     state = process_state()
@@ -232,18 +224,17 @@ def small_run(folder):
     work = lambda number, sample: attack_rows(
         study, sample, defenses=["gaussian(std=0.1, unit=rms)"], attacks=["gs(iterations=3)"], keep_images=True
     )
-    rows = run_items(range(3), work, study_folder(config, {"lenet": study}), state, label="attacking")
+    run_items(range(3), work, study_folder(config, {"lenet": study}), state, label="attacking")
     finish(state)
-    return rows
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_rows_of_one(tmp_path):
-    script, folder = tmp_path / "recipe.py", tmp_path / "two"
-    script.write_text(RECIPE)
-    done = launch(script, folder)
-    assert done.returncode == 0, done.stderr
-    assert len(list((folder / "shards").glob("rank-*.jsonl"))) == 2
-    two = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert untimed(two) == untimed(json.loads(json.dumps(small_run(tmp_path / "one"))))
+    fork(small_run, tmp_path / "two")
+    small_run(tmp_path / "one")
+    assert len(list((tmp_path / "two" / "shards").glob("rank-*.jsonl"))) == 2
+    two, one = (
+        [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert untimed(two) == untimed(one)

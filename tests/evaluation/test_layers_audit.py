@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 
 import pytest
@@ -9,11 +10,13 @@ import yaml
 
 from lmleak.cli import main
 from lmleak.config import parse_config
+from lmleak.evaluation.layers import LayerAnalysis
 from lmleak.evaluation.layers_audit import LayersConfig, run_layers
 from lmleak.evaluation.layers_data import load_labelled
+from lmleak.evaluation.layers_protection import Protection
 from lmleak.evaluation.run import process_state
 from lmleak.report.layers_page import read_layers_result, write_layers_report
-from tests.launching import ROOT, python
+from tests.launching import ROOT, fate
 
 CONFIGS = sorted((ROOT / "configs" / "layers").glob("*.yaml"))
 QUICK = [
@@ -27,25 +30,19 @@ IMAGES = [
 ]  # fmt: skip
 
 
-KILLED = """
-import os, signal, sys
-from lmleak.cli import main
-from lmleak.evaluation import layers, layers_protection
+def run_until_killed(kind, name, argv):
+    """Run the command line until SIGKILL at its fourth piece of work, a call of this method."""
+    work, left = getattr(kind, name), 3
 
-kind = {"rows": layers.LayerAnalysis, "row": layers_protection.Protection}[sys.argv[1]]
-work, left = getattr(kind, sys.argv[1]), 3
+    def killed(self, item):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(self, item)
 
-def killed(self, item):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return work(self, item)
-
-setattr(kind, sys.argv[1], killed)
-main(sys.argv[2:])
-"""
-"""The command line in a process that is killed at its fourth piece of measuring ("rows") or hiding ("row")."""
+    setattr(kind, name, killed)
+    main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +74,10 @@ def test_the_same_command_goes_on_from_what_is_there_and_config_yaml_replays(fin
     assert again.agreement == finished.agreement
 
 
-@pytest.mark.slow
 def test_killed_while_measuring_and_while_hiding_it_gives_the_rows_of_an_uninterrupted_run(finished, tmp_path):
     argv = ["layers", *IMAGES, "--output", str(tmp_path / "out")]
-    for stage, kept in (("rows", "shards"), ("row", "protection/shards")):
-        killed = python("-c", KILLED, stage, *argv)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for kind, name, kept in ((LayerAnalysis, "rows", "shards"), (Protection, "row", "protection/shards")):
+        assert fate(lambda kind=kind, name=name: run_until_killed(kind, name, argv)) == -signal.SIGKILL
         (shard,) = (tmp_path / "out" / kept).glob("*.jsonl")
         assert len(shard.read_text().splitlines()) == 3
         assert not (tmp_path / "out" / "report.html").exists()

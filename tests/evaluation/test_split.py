@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import PartialState, debug_launcher
+from accelerate import PartialState
 
 import lmleak
 from lmleak.attacks import DLG, Span
@@ -13,6 +13,7 @@ from lmleak.evaluation.run import finish, process_state
 from lmleak.evaluation.split import split_restarts, split_spectrum
 from lmleak.influence import GradientJacobian, expected_influence, sample_spectrum
 from tests.families import make
+from tests.launching import fork
 
 ATTACK = DLG(iterations=6, candidates=2, restarts=3)
 
@@ -36,8 +37,6 @@ def everything(state: PartialState) -> dict:
 
 
 def in_two(path: str) -> None:
-    torch.set_num_threads(1)
-    PartialState._reset_state()
     state = process_state()
     torch.save(everything(state), f"{path}-{state.process_index}")
     finish(state)
@@ -50,7 +49,7 @@ def alone():
 
 @pytest.mark.multiprocess
 def test_two_processes_give_the_numbers_of_one(alone, tmp_path):
-    debug_launcher(in_two, (str(tmp_path / "found"),), num_processes=2)
+    fork(in_two, str(tmp_path / "found"))
     for process in range(2):
         found = torch.load(tmp_path / f"found-{process}", weights_only=False)
         assert found["average"] == alone["average"]  # bit for bit

@@ -12,10 +12,9 @@ import torch
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from lmleak.gradients import capture_gradient
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, fork
 from tests.recipes.test_influence_vs_attack import assert_same
 
-RECIPE = ROOT / "recipes" / "defense_comparison.py"
 sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours
 recipe, report, settings = map(
     importlib.import_module, ("defense_comparison", "defense_report", "defense_settings")
@@ -222,11 +221,9 @@ def test_the_same_again(one_process, tmp_path):
     assert [r.get("test_scores") for r in again] == [r.get("test_scores") for r in rows]
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_same_rows(one_process, tmp_path):
-    finished = launch(RECIPE, *TINY, "--output", tmp_path / "two")
-    assert finished.returncode == 0, finished.stderr
+    fork(recipe.main, [*TINY, "--output", str(tmp_path / "two")])
     assert len(list((tmp_path / "two" / "shards").glob("rank-*.jsonl"))) == 2
     assert_same(rows_of(tmp_path / "two"), rows_of(one_process))
 

@@ -11,7 +11,7 @@ import torch
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, DataError
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, fork
 
 CLASSES = {
     "layer_leakage": "LeakageConfig", "layer_bridge": "BridgeConfig", "layer_aggregation": "AggregationConfig",
@@ -167,9 +167,8 @@ def test_two_processes_give_the_rows_of_one(recipe, tmp_path):
     """Of a trained network too: one process trains and captures, all measure."""
     alone, _ = run(recipe, "layer_leakage", tmp_path / "one", "--epochs", "0", "1")
     folder = tmp_path / "two" / "out"
-    arguments = [*TINY, "--epochs", "0", "1", "--processes", "2", "--output", folder]
-    done = launch(ROOT / "recipes/layer_leakage.py", *arguments)
-    assert done.returncode == 0, done.stderr
+    main = recipe("layer_leakage").main
+    fork(main, [*TINY, "--epochs", "0", "1", "--processes", "2", "--output", str(folder)])
     assert len(list((folder / "shards").glob("rank-*.jsonl"))) == 2
     assert [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] == alone
 
