@@ -152,10 +152,9 @@ def compact_functions(model: nn.Module):
     """
 
     def compact(module, arguments, output):
-        (x,) = arguments
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if len(arguments) != 1 or not (arguments[0].requires_grad and torch.is_grad_enabled()):
             return None
-        return Elementwise.apply(x, output.detach(), *_derivatives(module, x.detach()))
+        return Elementwise.apply(arguments[0], output.detach(), *_derivatives(module, arguments[0].detach()))
 
     handles = [module.register_forward_hook(compact, prepend=True) for module in model.modules() if _smooth(module)]
     try:
@@ -167,8 +166,10 @@ def compact_functions(model: nn.Module):
 
 
 def _smooth(module: nn.Module) -> bool:
-    """Return whether a module is a GELU or SiLU of torch or transformers."""
+    """Return whether a module is a GELU or SiLU of torch or transformers, and leaves its input as it was."""
     kind = type(module)
+    if getattr(module, "inplace", False):
+        return False
     return kind.__module__ in ELEMENTWISE and any(name in kind.__name__.upper() for name in ("GELU", "SILU"))
 
 

@@ -84,6 +84,9 @@ def test_several_products_at_once():
 
 
 def test_other_losses_and_activations_stay_torch_s_own():
+    inplace = nn.SiLU(inplace=True)
+    with compact_functions(inplace):
+        assert "Silu" in inplace(double(3).requires_grad_() * 1).grad_fn.name()
     network, x = Network(nn.Tanh()), double(6, 5).requires_grad_()
     targets = torch.tensor([0, 2, 1, 3, 2, 0])
     with compact_functions(network):
