@@ -41,7 +41,7 @@ class InputJacobian(ABC):
     block_size: int = 1
     """Products A v that ``gram_operator().matmat`` makes in one pass: 1 where several cost what they cost one by one.
 
-    On one core a pass takes 0.3 to 0.7 of the time on small models and short texts, and 0.7 to 0.8 on BERT-base at 32
+    On one core a pass takes 0.3 to 0.5 of the time on small models and short texts, and 0.7 to 0.8 on BERT-base at 32
     tokens; it gains nothing at 128 (benchmarks/results/block_products.md).
     """
 
