@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, built from configurations without any download."""
+"""Tiny random models of every supported family, built from configurations without any download, and of images."""
 
 import torch
 import transformers as tf
@@ -78,3 +78,21 @@ def make(name: str, *, size: int = 3, padding_side: str = "right", dtype=torch.f
     adapter = adapt(model, tokenizer=IdTokenizer() if task == "masked-lm" else None, task=task)
     labels = LABELS[:size] if task == "sequence-classification" else None
     return adapter, adapter.batch(SEQUENCES[:size], labels, padding_side=padding_side)
+
+
+def image_problem(model, shape=(2, 3, 8, 8), dtype=torch.float64):
+    """Return (adapter, batch) of two random images and the classifier that ``model()`` makes, its weights shifted."""
+    from lmleak.adapters import adapt
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model().to(dtype).eval()
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if tensor.is_floating_point():
+                    tensor.add_(0.1 * torch.randn_like(tensor))
+                if "running_var" in name:
+                    tensor.abs_().add_(0.5)
+    adapter = adapt(model, task="image-classification")
+    images = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return adapter, adapter.batch(images, [0, 1])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lmleak.adapters import adapt
 from lmleak.influence import GradientJacobian, dense_gram
 from lmleak.influence.convolutions import KernelFactor, PatchFactor, convolution_factor
+from tests.families import image_problem
 
 
 def relative(got, expected):
@@ -112,17 +112,7 @@ class Upsampling(nn.Module):
 
 
 def problem(model, dtype=torch.float64, size=8):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = model().to(dtype).eval()
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if tensor.is_floating_point():
-                    tensor.add_(0.1 * torch.randn_like(tensor))
-                if "running_var" in name:
-                    tensor.abs_().add_(0.5)
-    adapter = adapt(model, task="image-classification")
-    batch = adapter.batch(randn(2, 3, size, size, dtype=dtype), [0, 1])
+    adapter, batch = image_problem(model, (2, 3, size, size), dtype)
     return [GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff")]
 
 

@@ -14,7 +14,7 @@ from lmleak.gradients import capture_gradient
 from lmleak.influence import CosineJacobian, GradientJacobian, PartialInputJacobian, inversion_influence
 from lmleak.influence.factors import LinearFactor
 from lmleak.influence.jacobian import IMPLEMENTATIONS
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, image_problem, make
 
 
 def relative(got, expected):
@@ -23,20 +23,6 @@ def relative(got, expected):
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def image_problem(model, shape=(2, 3, 8, 8), dtype=torch.float64):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = model().to(dtype).eval()
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if tensor.is_floating_point():
-                    tensor.add_(0.1 * torch.randn_like(tensor))
-                if "running_var" in name:
-                    tensor.abs_().add_(0.5)
-    adapter = adapt(model, task="image-classification")
-    return adapter, adapter.batch(randn(*shape, dtype=dtype), [0, 1])
 
 
 class Residual(nn.Module):
