@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.cases import markdown, run_cases, shown, table
 from benchmarks.influence import shape_source
 from benchmarks.influence_measures import clock, load, random_batch
-from benchmarks.product import resident, restart_peak
+from benchmarks.product import peak_resident_mib
 from lmleak.influence.factors import LinearFactor
 
 PROBES = [
@@ -196,9 +196,7 @@ def seconds(action: Callable, device: str) -> float:
 def peak_mib(action: Callable, device: str) -> float:
     """Return the peak memory of an action above what was held before it."""
     if device == "cpu":
-        before = restart_peak()
-        action()
-        return resident("VmHWM") - before
+        return peak_resident_mib(action)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     action()

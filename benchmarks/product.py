@@ -144,9 +144,7 @@ def measure_operator_memory(shape: str, tokens: int, threads: int, repeats: int,
 
 def memory(run: Callable[[], object]) -> dict[str, float]:
     """Return the peak MiB that a run needs: resident, and then, in a second run, allocated by torch."""
-    before = restart_peak()
-    run()
-    resident_peak = resident("VmHWM") - before
+    resident_peak = peak_resident_mib(run)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -157,16 +155,18 @@ def memory(run: Callable[[], object]) -> dict[str, float]:
     return {"resident": resident_peak, "allocated": peak / 2**20}
 
 
+def peak_resident_mib(run: Callable[[], object]) -> float:
+    """Return the peak resident MiB of a run above what was resident before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
 def resident(which: str) -> float:
     """Return this process's resident memory ("VmRSS") or its peak ("VmHWM") in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(which)).split()[1]) / 1024
-
-
-def restart_peak() -> float:
-    """Set the peak back to what is resident now, and return that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
 
 
 MEASURES = {"time": measure_time, "gradient memory": measure_gradient_memory, "memory": measure_operator_memory}
