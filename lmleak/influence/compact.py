@@ -10,6 +10,7 @@ The last maps are linear in h, and their graph is differentiated in h alone (:mo
 they move with x, a third derivative of the loss, is not kept. So these serve the products with J and nothing else.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -33,22 +34,28 @@ class Elementwise(Function):
     @staticmethod
     def backward(ctx, g):
         """Return g f'."""
-        x, first, second = ctx.saved_tensors
-        # Without a graph to build, plain operations do, which vmap knows as well.
-        return (_Slope.apply(g, x, first, second) if torch.is_grad_enabled() else g * first), None, None, None
+        return _chosen(_Slope, _slope)(g, *ctx.saved_tensors), None, None, None
+
+
+def _chosen(function: type[Function], plain: Callable) -> Callable:
+    """Return the function where a graph is built, else the plain operations, which vmap knows as well."""
+    return function.apply if torch.is_grad_enabled() else plain
+
+
+def _slope(g: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return g * first
 
 
 class _Slope(Function):
     @staticmethod
     def forward(ctx, g, x, first, second):
         ctx.save_for_backward(g, first, second)
-        return g * first
+        return _slope(g, x, first, second)
 
     @staticmethod
     def backward(ctx, h):
         g, first, second = ctx.saved_tensors
-        apply = _Curvature.apply if torch.is_grad_enabled() else _curvature
-        return *apply(h, g.detach(), first, second), None, None
+        return *_chosen(_Curvature, _curvature)(h, g.detach(), first, second), None, None
 
 
 def _curvature(h: Tensor, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +89,7 @@ class CrossEntropy(Function):
     def backward(ctx, g):
         """Return g w (p - e_t)."""
         logits, p, targets, weight = ctx.saved_tensors
-        apply = _Residual.apply if torch.is_grad_enabled() else _residual
-        return apply(g, logits, p, targets, weight), None, None
+        return _chosen(_Residual, _residual)(g, logits, p, targets, weight), None, None
 
 
 def _residual(g: Tensor, logits: Tensor, p: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -103,8 +109,8 @@ class _Residual(Function):
         on_g = None
         if ctx.needs_input_grad[0]:
             on_g = (weight * ((p * h).sum(1) - h.gather(1, targets[:, None]).squeeze(1))).sum()
-        apply = _Fisher.apply if torch.is_grad_enabled() else _fisher
-        return on_g, apply(h, p, (g * weight).detach()[:, None]), None, None, None
+        on_logits = _chosen(_Fisher, _fisher)(h, p, (g * weight).detach()[:, None])
+        return on_g, on_logits, None, None, None
 
 
 def _fisher(h: Tensor, p: Tensor, scale: Tensor) -> Tensor:
