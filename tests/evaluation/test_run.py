@@ -1,15 +1,11 @@
 """What all recipes share: a refusal is one line and an exit status, anything else is an error."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
 
 import pytest
 
 from lmleak.errors import ConfigError, DataError
 from lmleak.evaluation import exit_status
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def test_a_refusal_is_said_in_one_line_and_returned_as_a_status(capsys):
@@ -40,11 +36,7 @@ def test_success_is_zero_and_mistakes_of_the_program_are_not_hidden(capsys):
         "attack_comparison", "attack_table", "defense_comparison", "influence_vs_attack", "predicted_recovery",
     )] + [("train_reference_models", "command")],
 )  # fmt: skip
-def test_every_recipe_refuses_so(name, entry, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES)  # recipes import their neighbours
-    spec = importlib.util.spec_from_file_location(f"refusing_{name}", RECIPES / f"{name}.py")
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, recipe)
-    spec.loader.exec_module(recipe)
+def test_every_recipe_refuses_so(name, entry, capsys):
+    recipe = importlib.import_module(name)
     assert getattr(recipe, entry)(["--sed", "1"]) == 2
     assert capsys.readouterr().err.startswith("refused: unknown argument '--sed'. Did you mean 'seed'?")

@@ -1,9 +1,7 @@
 """The study as it is run: tiny, on one process and two, resumed; the same rows every time."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,12 @@ from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 from tests.launching import ROOT, fork
 
-RECIPE = ROOT / "recipes" / "attack_comparison.py"
 TINY = [
     "--models", "reference-bert", "reference-gpt2", "--batch-sizes", "1", "2", "--samples", "2", "--max-length", "5",
     "--defenses", "none", "gaussian(std=10, unit=rms)", "--attacks", "span", "gs(iterations=2, candidates=2)",
     "film(iterations=1, candidates=2, beams=2)", "--device", "cpu",
 ]  # fmt: skip
 MEASURED = ("seconds", "peak_bytes")  # differ from run to run
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("attack_comparison", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def rows(folder: Path) -> list[dict]:

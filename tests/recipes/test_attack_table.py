@@ -1,8 +1,6 @@
 """The table of attacks: the committed document is what the registry says; its numbers are measured as it says."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,6 @@ from lmleak.evaluation import AttackConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "attacks"
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("attack_table", ROOT / "recipes" / "attack_table.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def test_the_committed_document_is_up_to_date(recipe):

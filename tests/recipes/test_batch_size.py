@@ -1,9 +1,7 @@
 """The batch study: predictions met by attacks below the limit of the rank, and the limit where theory puts it."""
 
 import csv
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +15,6 @@ SETTINGS = [
     "--model", "linear", "--samples", "1", "--batch-sizes", "1", "4", "10",
     "--attacks", "gauss-newton(start=mean, iterations=8)", "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("batch_size")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 @pytest.fixture(scope="module")

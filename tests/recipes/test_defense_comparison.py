@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from lmleak.gradients import capture_gradient
 from tests.launching import ROOT, fork
 from tests.recipes.test_influence_vs_attack import assert_same
 
-sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours
 recipe, report, settings = map(
     importlib.import_module, ("defense_comparison", "defense_report", "defense_settings")
 )  # fmt: skip

@@ -1,9 +1,7 @@
 """The efficiency study: every case in a process of its own, bounds in their order, extrapolation said."""
 
 import csv
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,6 @@ from lmleak.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "image_efficiency").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("image_efficiency")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.stem}.yaml")

@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "image_influence").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def recipes():
-    """Let recipes import each other, as they do when run."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    yield
-    sys.path.remove(str(ROOT / "recipes"))
-
-
 @pytest.fixture(scope="module")
-def recipe(recipes):
-    return importlib.import_module("image_influence")
-
-
-@pytest.fixture(scope="module")
-def measures(recipes):
+def measures():
     return importlib.import_module("image_influence_measures")
 
 
 @pytest.fixture(scope="module")
-def report(recipes):
+def report():
     return importlib.import_module("image_influence_report")
 
 

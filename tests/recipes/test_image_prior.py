@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,6 @@ TINY = [
     "--newton-iterations", "2", "--latent-iterations", "2", "--weight-iterations", "1", "--restarts", "2",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("image_prior")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """The pruning study: what both attackers reach is what was predicted, and the mask undoes most of the protection."""
 
 import csv
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +15,6 @@ SETTINGS = [
     "--samples", "1", "--ratios", "0.5", "0.8", "0.95", "--attacks", "gauss-newton(start=mean, iterations=12)",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("image_pruning")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from lmleak.errors import ConfigError
 from lmleak.influence import GradientJacobian
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours
 recipe, report, training = map(
     importlib.import_module, ("influence_regularizer", "regularizer_report", "private_training")
 )

@@ -1,11 +1,9 @@
 """The recipe on one process and on two, started anew where it was killed; the same rows every time."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,16 +17,6 @@ SETTINGS = [
     "tag(iterations=4, candidates=4)", "--probes", "2", "--probe-steps", "8", "--max-products", "40",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("influence_vs_attack", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def rows(folder: Path) -> list[dict]:

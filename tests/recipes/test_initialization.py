@@ -3,7 +3,6 @@
 import csv
 import importlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,7 @@ CONFIGS = sorted((ROOT / "configs" / "initialization").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def load():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

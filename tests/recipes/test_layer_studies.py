@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -26,11 +25,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
+    return importlib.import_module
 
 
 def run(recipe, name, tmp_path, *arguments):

@@ -1,9 +1,7 @@
 """The recipe of perturbation directions: its settings, the law it tests, and one tiny run."""
 
 import csv
-import importlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,6 @@ from lmleak.evaluation.image_study import image_study, study_images
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LMLEAK_DATA", ROOT.parent / "shared" / "data"))
 CONFIGS = sorted((ROOT / "configs" / "perturbation_directions").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("perturbation_directions")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 def study_of(recipe, *arguments):

@@ -1,9 +1,7 @@
 """The recipe of predicted recovery: its settings, its statistics, and one tiny run."""
 
 import csv
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +11,6 @@ from lmleak.config import parse_config
 from lmleak.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("predicted_recovery")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The study of pretrained weights: rows, table and figure on a tiny case; the configuration parses."""
 
 import csv
-import importlib
 import math
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from lmleak.evaluation.image_study import image_study, study_images
 from lmleak.influence import dense_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return importlib.import_module("real_weights")
 
 
 def test_the_gradient_of_a_smooth_network_is_linear_farther_than_that_of_relu(recipe):

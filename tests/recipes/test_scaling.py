@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,27 +13,19 @@ from tests.launching import ROOT, free_port
 CONFIGS = sorted((ROOT / "configs" / "scaling_study").glob("*.yaml"))
 
 
-def recipe(name: str):
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
-
-
 @pytest.fixture(scope="module")
 def fits():
-    return recipe("scaling_fits")
+    return importlib.import_module("scaling_fits")
 
 
 @pytest.fixture(scope="module")
 def study():
-    return recipe("scaling_study")
+    return importlib.import_module("scaling_study")
 
 
 @pytest.fixture(scope="module")
 def throughput():
-    return recipe("scaling_throughput")
+    return importlib.import_module("scaling_throughput")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -139,7 +130,7 @@ def test_two_processes_race_and_agree_bit_for_bit(throughput, tmp_path, monkeypa
         (ROOT / "configs/accelerate/cpu2.yaml").read_text() + f"main_process_port: {free_port()}\n"
     )  # fmt: skip
     alone = tmp_path / "examples" / "strong-1-0"
-    assert recipe("scaling_worker").main([*WORK, "--output", str(alone)]) == 0
+    assert importlib.import_module("scaling_worker").main([*WORK, "--output", str(alone)]) == 0
     race = ["--scaling", "strong", "--repeats", "1", "--hardware", str(hardware), "--output", str(tmp_path)]
     assert throughput.main([*WORK, *race]) == 0
     lines = (tmp_path / "throughput-examples.csv").read_text().splitlines()
@@ -155,7 +146,7 @@ def test_two_processes_race_and_agree_bit_for_bit(throughput, tmp_path, monkeypa
 )
 def test_work_on_one_text_says_what_it_did_and_when(tmp_path, split, counted, least):
     """That two processes give the numbers of one is shown in tests/evaluation/test_split.py."""
-    assert recipe("scaling_worker").main([*WORK, "--split", split, "--output", str(tmp_path)]) == 0
+    assert importlib.import_module("scaling_worker").main([*WORK, "--split", split, "--output", str(tmp_path)]) == 0
     (found,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert found[counted] >= least
     assert found[counted] % 4 == 0

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from lmleak.influence import GradientJacobian, eigen_directions, spectral_noise
 from lmleak.metrics import score_images
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours
 recipe, report, training, attackers = map(
     importlib.import_module, ("spectral_defense", "spectral_report", "private_training", "spectral_attackers")
 )

@@ -1,7 +1,5 @@
 """The recipe of the image decoder: reproducible to the last bit, and blind to the private half."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +13,6 @@ from lmleak.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 TINY = {"steps": 3, "batch_size": 8, "latent_size": 4, "width": 4}
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("train_image_decoder", ROOT / "recipes/train_image_decoder.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def test_the_recipe_gives_the_same_bytes_twice_and_says_where_they_come_from(recipe, tmp_path):

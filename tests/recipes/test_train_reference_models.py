@@ -1,8 +1,6 @@
 """The recipe of the reference models: reproducible to the last bit, and the one that made the shipped files."""
 
-import importlib.util
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,17 +10,6 @@ from lmleak.config import parse_config
 from lmleak.data.embedded import REFERENCE_MODELS
 from lmleak.errors import ConfigError
 from tests.launching import ROOT, launch
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("train_reference_models", ROOT / "recipes/train_reference_models.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
 
 TINY = {"vocab_size": 600, "hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32,
         "num_messages": 300, "num_held_out": 40, "batch_size": 8, "mlm_steps": 3, "steps": 3}  # fmt: skip

@@ -1,9 +1,7 @@
 """The recipe of training stages: its training is reproducible and blind to the private half; one tiny run."""
 
 import csv
-import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +14,6 @@ from lmleak.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "training_stages").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module("training_stages")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 def weights(model):

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,7 @@ CONFIGS = sorted((ROOT / "configs" / "unfairness").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def load():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
