@@ -8,6 +8,7 @@ cross-entropy keeps five tensors of the size of the logits. With f', f'' and the
 
 The last maps are linear in h, and their graph is differentiated in h alone (:mod:`lmleak.influence.factored`): how
 they move with x, a third derivative of the loss, is not kept. So these serve the products with J and nothing else.
+Norms are in :mod:`lmleak.influence.compact_norms`.
 """
 
 from collections.abc import Callable
@@ -34,10 +35,10 @@ class Elementwise(Function):
     @staticmethod
     def backward(ctx, g):
         """Return g f'."""
-        return _chosen(_Slope, _slope)(g, *ctx.saved_tensors), None, None, None
+        return chosen(_Slope, _slope)(g, *ctx.saved_tensors), None, None, None
 
 
-def _chosen(function: type[Function], plain: Callable) -> Callable:
+def chosen(function: type[Function], plain: Callable) -> Callable:
     """Return the function where a graph is built, else the plain operations, which vmap knows as well."""
     return function.apply if torch.is_grad_enabled() else plain
 
@@ -55,7 +56,7 @@ class _Slope(Function):
     @staticmethod
     def backward(ctx, h):
         g, first, second = ctx.saved_tensors
-        return *_chosen(_Curvature, _curvature)(h, g.detach(), first, second), None, None
+        return *chosen(_Curvature, _curvature)(h, g.detach(), first, second), None, None
 
 
 def _curvature(h: Tensor, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ class CrossEntropy(Function):
     def backward(ctx, g):
         """Return g w (p - e_t)."""
         logits, p, targets, weight = ctx.saved_tensors
-        return _chosen(_Residual, _residual)(g, logits, p, targets, weight), None, None
+        return chosen(_Residual, _residual)(g, logits, p, targets, weight), None, None
 
 
 def _residual(g: Tensor, logits: Tensor, p: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class _Residual(Function):
         on_g = None
         if ctx.needs_input_grad[0]:
             on_g = (weight * ((p * h).sum(1) - h.gather(1, targets[:, None]).squeeze(1))).sum()
-        on_logits = _chosen(_Fisher, _fisher)(h, p, (g * weight).detach()[:, None])
+        on_logits = chosen(_Fisher, _fisher)(h, p, (g * weight).detach()[:, None])
         return on_g, on_logits, None, None, None
 
 

@@ -21,6 +21,7 @@ from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import is_linear
 from lmleak.errors import DataError
 from lmleak.influence.compact import compact_functions
+from lmleak.influence.compact_norms import compact_norms
 from lmleak.influence.convolutions import CONVOLUTIONS, KernelFactor, PatchFactor, convolution_factor
 from lmleak.influence.factors import (
     Factor,
@@ -68,10 +69,10 @@ class FactoredProducts(Products):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
         calls: list[Call] = []
-        with recorded(model, self.theta, calls), compact_functions(model):
+        with recorded(model, self.theta, calls), compact_functions(model), compact_norms(model) as normalised:
             value = loss(self.theta, self.x)
         uses, reached = _edges(value, self.theta)
-        makers = _makers([call for call in calls if call.y.grad_fn in reached])
+        makers = _makers([call for call in calls if call.y.grad_fn in reached], normalised)
         known = [n for n, found in makers.items() if len(found) == uses[n]]
         outputs = {id(call.y): call.y for n in known for call, _ in makers[n]}
         self.by_autodiff = tuple(n for n in self.theta if n not in known and uses.get(n, 0))
@@ -153,10 +154,13 @@ class FactoredProducts(Products):
     def matvec(self, delta):
         """Return J delta: every layer's delta pulled back onto its factors, and one backward pass."""
         cotangents: dict[int, Tensor] = {}
-        for name in delta:
+        direct: dict[str, Tensor] = {}
+        for name, value in delta.items():
             if name in self.factors:
-                self._add(cotangents, self.factors[name], self.factors[name].cotangent(delta[name]))
-        return self._pull_back(cotangents, {n: delta[n] for n in delta if n in self.gradient})
+                self._add(cotangents, self.factors[name], self.factors[name].cotangent(value))
+            elif name in self.gradient:
+                direct[name] = value
+        return self._pull_back(cotangents, direct)
 
     def rmatvec(self, v, names):
         """Return J^T v: one pass for the tangents of all factors, and a product per layer."""
@@ -230,11 +234,14 @@ def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
 Maker = Callable[[Call, Tensor], Factor]
 
 
-def _makers(calls: list[Call]) -> dict[str, list[tuple[Call, Maker]]]:
+def _makers(calls: list[Call], normalised: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, list[tuple[Call, Maker]]]:
     """Return per parameter its uses of a known kind, and how each becomes a factor."""
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
-        kinds = _kinds(call) if call.intact else {}
+        if id(call.y) in normalised and call.intact:
+            kinds = _scaled(normalised[id(call.y)][1], axis=-1)
+        else:
+            kinds = _kinds(call) if call.intact else {}
         for key, name in call.names.items():
             if key in kinds:
                 found.setdefault(name, []).append((call, kinds[key]))
@@ -289,6 +296,11 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
     written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))
     if not (written - call.y).norm() <= 1e3 * torch.finfo(u.dtype).eps * call.y.norm():
         return {}  # a module that only looks like a norm; double backward serves
+    return _scaled(u, axis)
+
+
+def _scaled(u: Tensor, axis: int) -> dict[str, Maker]:
+    """Return the factors of y = u w + b."""
     return {
         "weight": lambda call, g: ScaleFactor(u, g, axis=axis),
         "bias": lambda call, g: SumFactor(g, axis=axis),

@@ -1,6 +1,9 @@
 """Perturbations of theta's shape that are made one parameter at a time, and never held as a whole."""
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import ItemsView, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from lmleak.errors import DataError
 class UnitNoise(Mapping):
     """Standard Gaussian noise on every parameter, exactly as ``GaussianNoise(std=1, seed=seed)`` adds it.
 
-    A parameter's noise is drawn when it is asked for, the same each time, and not kept.
+    A parameter's noise is drawn when it is asked for, the same each time, and not kept. ``items()`` draws ahead, as
+    many parameters at a time as torch has threads: each has a random stream of its own, so the numbers stay the same.
 
     Args:
         shapes: Shape per parameter name.
@@ -32,6 +36,22 @@ class UnitNoise(Mapping):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def items(self) -> ItemsView[str, Tensor]:
+        """Return names and noise."""
+        return _DrawnAhead(self)
+
+
+class _DrawnAhead(ItemsView):
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        noise, names = self._mapping, iter(self._mapping)
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            ahead = deque((name, pool.submit(noise.__getitem__, name)) for name in islice(names, threads))
+            while ahead:
+                name, drawn = ahead.popleft()
+                ahead.extend((following, pool.submit(noise.__getitem__, following)) for following in islice(names, 1))
+                yield name, drawn.result()
+
 
 class Perturbation(Mapping):
     """A theta-shaped mapping whose tensors are checked and moved beside x as they are asked for.
@@ -46,7 +66,14 @@ class Perturbation(Mapping):
         self.tensors, self.shapes, self.like = tensors, shapes, like
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.tensors[name]
+        return self._checked(name, self.tensors[name])
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and checked tensors, in the way the mapping that makes them has."""
+        for name, tensor in self.tensors.items():
+            yield name, self._checked(name, tensor)
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.shape != self.shapes[name]:
             expected = tuple(self.shapes[name])
             raise DataError(f"delta of {name!r} has shape {tuple(tensor.shape)}, expected {expected}")

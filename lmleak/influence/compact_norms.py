@@ -1,0 +1,152 @@
+"""LayerNorm and RMSNorm whose graphs of second derivatives hold a few tensors of the size of their input.
+
+torch writes the second derivative of a LayerNorm as some thirty elementwise operations, and the weight's factor asks
+for the normalised input u, a second LayerNorm. Here both read one node. Per token of D numbers, <a, b> their mean
+product, P = I - 1 1^T / D for LayerNorm and I for RMSNorm, r = (<P x, P x> + epsilon)^(-1/2), Q = P - u u^T / D:
+
+    u = r P x       g -> r Q g       h -> r Q h on g,  -r^2 (<u, g> Q h + q <u, h> + u <q, h>) on x,  q = Q g
+
+Every one of these maps is symmetric. As in :mod:`lmleak.influence.compact`, the last is differentiated in h alone.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lmleak.influence.compact import chosen
+
+
+class Normalised(Function):
+    """u = r P x."""
+
+    @staticmethod
+    def forward(ctx, x, epsilon, centred):
+        """Return u of x (..., D), centred for LayerNorm."""
+        if centred:
+            u, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, epsilon)
+        else:
+            r = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            u = x * r
+        ctx.centred = centred
+        ctx.save_for_backward(x, u, r)
+        return u
+
+    @staticmethod
+    def backward(ctx, g):
+        """Return r Q g."""
+        return chosen(_Slope, _slope)(g, *ctx.saved_tensors, ctx.centred), None, None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).mean(-1, keepdim=True)
+
+
+def _projected(g: Tensor, u: Tensor, along: Tensor, centred: bool) -> Tensor:
+    """Return Q g = P g - u <u, g>."""
+    return torch.addcmul(g - g.mean(-1, keepdim=True) if centred else g, u, along, value=-1)
+
+
+def _slope(g: Tensor, x: Tensor, u: Tensor, r: Tensor, centred: bool) -> Tensor:
+    return _projected(g, u, _inner(u, g), centred) * r
+
+
+class _Slope(Function):
+    @staticmethod
+    def forward(ctx, g, x, u, r, centred):
+        along = _inner(u, g)
+        q = _projected(g, u, along, centred)
+        ctx.centred = centred
+        ctx.save_for_backward(u, r, q, along)
+        return q * r
+
+    @staticmethod
+    def backward(ctx, h):
+        on_g, on_x = chosen(_Curvature, _curvature)(h, *ctx.saved_tensors, ctx.centred)
+        return on_g, on_x, None, None, None
+
+
+def _curvature(h: Tensor, u: Tensor, r: Tensor, q: Tensor, along: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    on_g = _projected(h, u, _inner(u, h), centred) * r
+    return on_g, _bent(on_g * -along, h, u, r, q)
+
+
+def _bent(start: Tensor, h: Tensor, u: Tensor, r: Tensor, q: Tensor) -> Tensor:
+    """Return r start - r^2 (q <u, h> + u <q, h>)."""
+    bent = torch.addcmul(start, q, _inner(u, h) * r, value=-1)
+    return torch.addcmul(bent, u, _inner(q, h) * r, value=-1) * r
+
+
+class _Curvature(Function):
+    @staticmethod
+    def forward(ctx, h, u, r, q, along, centred):
+        ctx.centred = centred
+        ctx.save_for_backward(u, r, q, along)
+        return _curvature(h, u, r, q, along, centred)
+
+    @staticmethod
+    def backward(ctx, on_g, on_x):
+        u, r, q, along = ctx.saved_tensors
+        both = torch.addcmul(on_g, on_x, along * r, value=-1)  # what Q and r are common to
+        start = _projected(both, u, _inner(u, both), ctx.centred)
+        return _bent(start, on_x, u, r, q), None, None, None, None, None
+
+
+@contextmanager
+def compact_norms(model: nn.Module):
+    """Run the norms of a model by ``Normalised``; their outputs are those of the modules up to rounding.
+
+    A module that is no plain norm of its last axis, or that computes in another precision, runs as it is.
+
+    Args:
+        model: Whose norms are hooked for the time being.
+
+    Yields:
+        (output, u) per id of an output; empty until the model runs.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def compact(module, arguments, output):
+        if len(arguments) != 1 or not (arguments[0].requires_grad and torch.is_grad_enabled()):
+            return None
+        written = _written(module, arguments[0], output)
+        if written is None:
+            return None
+        found[id(written[0])] = written
+        return written[0]
+
+    handles = [module.register_forward_hook(compact, prepend=True) for module in model.modules() if _is_norm(module)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a LayerNorm of the last axis, or looks like an RMSNorm."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    if type(module).forward is nn.LayerNorm.forward:
+        return True
+    bare = module._parameters.keys() == {"weight"} and not module._buffers
+    return bare and type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _written(module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the output as u w + b, and u; None where that is not what the module returned."""
+    weight, bias = module.weight, module._parameters.get("bias")
+    if x.dtype != weight.dtype or x.shape[-1] != len(weight):
+        return None
+    u = Normalised.apply(x, _epsilon(module), isinstance(module, nn.LayerNorm))
+    for gain in (weight, 1 + weight):  # Gemma's norms store their weight less one
+        y = u * gain if bias is None else torch.addcmul(bias, u, gain)
+        if (y - output).detach().norm() <= 1e3 * torch.finfo(x.dtype).eps * output.detach().norm():
+            return y, u
+    return None
