@@ -47,13 +47,13 @@ LENGTHS = [16, 32, 64, 128, 256, 512]
 RISK = ["product", "bound", "certified", "damped", "expected"]
 PLAN = [
     ("reference-gpt2", [32], [*RISK, "sweep", "descent", "eigsh", "attacks"]),
-    ("bert-base", [32], [*RISK, "descent", "attacks"]),
+    ("bert-base", [32], [*RISK, "sweep", "descent", "attacks"]),
     ("bert-base", [128], ["product", "bound"]),
     ("gpt2", [32], ["product", "bound", "certified", "damped", "attacks"]),
     ("gpt2", [128], ["product", "bound"]),
     ("gpt2-medium", [32], ["product", "bound", "certified"]),
     ("bert-base", [32], ["eigsh"]),
-]  # shape, tokens, pieces: about 15 minutes on two cores, of which eigsh takes 5
+]  # shape, tokens, pieces: about 15 minutes on two cores, of which eigsh takes 4
 GPU_PLAN = [
     ("bert-base", [32], ["agreement"]),
     ("gpt2", [32], ["agreement"]),
@@ -151,6 +151,7 @@ def by_shape_and_length(rows: list[dict]) -> list[dict]:
                 row[f"{piece}_cost"] = row[f"{piece}_gradients"]
         if "eigsh_seconds" in row and "bound_seconds" in row:
             row["eigsh_speedup"] = row["eigsh_seconds"] / row["bound_seconds"]
+            row["loose_eigsh_speedup"] = row["loose_eigsh_seconds"] / row["bound_seconds"]
             if row["device"] == "cpu":
                 row["eigsh_memory"] = row["eigsh_peak_gib"] / row["bound_peak_gib"]
         if "descent_seconds" in row and "damped_seconds" in row:
@@ -163,7 +164,8 @@ def by_shape_and_length(rows: list[dict]) -> list[dict]:
 LINES = {
     "coordinates dx": "dx", "one gradient, s": "gradient_seconds", "set-up": "setup_gradients",
     "product A v": "product_gradients", "J delta": "response_gradients", "I_lb, s": "bound_seconds",
-    "I_lb": "bound_cost", "I_lb, products": "bound_products", "CG bound": "certified_gradients",
+    "I_lb": "bound_cost", "I_lb, products": "bound_products", "I_lb, products until within 1 %": "bound_seen_products",
+    "CG bound": "certified_gradients",
     "CG bound over I_lb": "certified_over_bound",
     "damped I2F, s": "damped_seconds", "damped I2F": "damped_cost", "damped I2F, products": "damped_products",
     "damped I2F, residual": "residual", "sweep over one solve": "sweep_ratio", "expected I2F": "expected_cost",
@@ -171,6 +173,7 @@ LINES = {
     "peak GiB, gradient": "gradient_peak_gib", "peak GiB, I_lb": "bound_peak_gib",
     "peak GiB, damped I2F": "damped_peak_gib", "eigsh, s": "eigsh_seconds", "eigsh, calls": "eigsh_calls",
     "eigsh, peak GiB": "eigsh_peak_gib", "eigsh over I_lb, seconds": "eigsh_speedup",
+    "eigsh at 1e-3, calls": "loose_eigsh_calls", "eigsh at 1e-3 over I_lb, seconds": "loose_eigsh_speedup",
     "eigsh over I_lb, GiB": "eigsh_memory", "descent, s †": "descent_seconds",
     "descent over damped I2F, seconds": "descent_speedup", "dlg, s †": "dlg_seconds", "tag, s †": "tag_seconds",
     "gs, s †": "gs_seconds", "dlg step": "dlg_step_gradients", "tag step": "tag_step_gradients",
@@ -180,12 +183,14 @@ LINES = {
 NOTES = """
 Costs are in gradients of the same model and process where no unit stands: one gradient is the loss and its plain
 backward pass over the shared parameters, the median of five. set-up: building the operator with its first product;
-product: one A v; J delta: drawing the seeded noise on the CPU included; I_lb: set-up, J delta and lambda_max to 1 %;
+product: one A v; J delta: drawing the seeded noise on the CPU included; I_lb: set-up, J delta and lambda_max to 1 %,
+certified; until within 1 %: products after which its value was that near to where the run ended, as is known then;
 damped: I2F at 1e-4 lambda_max to a residual of 1e-3, set-up and J delta included; expected: 2 probes of 80 products,
 s.e. relative. peak GiB: of the whole process up to and with what is named (on a GPU: of its memory; eigsh: of both).
-Published algorithm: eigsh over parameter space (tolerance 1e-3); fixed-step descent. † extrapolated: the measured
-seconds of one step times the published number of steps (descent 2,000; dlg and tag 2,500, gs 2,000). * not converged
-within the products allowed. One text of random tokens, random weights, float32 without TF32.
+Published algorithm: eigsh over parameter space, to machine precision as in the released code, and to 1e-3; fixed-step
+descent. † extrapolated: the measured seconds of one step times the published number of steps (descent 2,000; dlg and
+tag 2,500, gs 2,000). * not converged within the products allowed. One text of random tokens, random weights, float32
+without TF32.
 """
 
 

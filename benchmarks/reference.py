@@ -87,12 +87,12 @@ def descent_step(space: ParameterSpace, b: Tensor, response: Tensor, damping: fl
     return b - DESCENT_RATE * (space.gram(b) + damping * b - response)
 
 
-def parameter_space_lambda_max(space: ParameterSpace, *, tol: float = 1e-3) -> float:
+def parameter_space_lambda_max(space: ParameterSpace, *, tol: float = 0.0) -> float:
     """Return the largest eigenvalue of J^T J.
 
     Args:
         space: J.
-        tol: Relative tolerance of eigsh.
+        tol: Relative tolerance of eigsh; 0, as in the released code, is machine precision.
 
     Returns:
         The eigenvalue.
