@@ -51,7 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LmleakError as error:
         Console(stderr=True, soft_wrap=True).print("[bold red]refused:[/] ", end="")
         print(error, file=sys.stderr)  # plainly: messages may hold square brackets
-        return REFUSED
+        return _leave(REFUSED)
+
+
+def _leave(status: int) -> int:
+    """Return a status; one of several processes ends with it."""
+    if "torch" not in sys.modules:  # refused before anything was loaded: there is no group of processes
+        return status
+    from lmleak.evaluation.run import leave_group
+
+    return leave_group(status)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

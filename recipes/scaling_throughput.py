@@ -95,7 +95,8 @@ def launch(config: ThroughputConfig, scaling: str, processes: int, repeat: int) 
         settings = [f"--{name}={value}" for name, value in vars(work).items() if value is not None]
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / config.hardware),
-            "--num_processes", str(processes), str(ROOT / "recipes" / "scaling_worker.py"), *settings,
+            "--num_processes", str(processes), "--main_process_port", "0",  # a free one
+            str(ROOT / "recipes" / "scaling_worker.py"), *settings,
         ]  # fmt: skip
         started = time.time()
         finished = subprocess.run(

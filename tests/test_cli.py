@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from lmleak.cli import GATE_FAILED, REFUSED, main
-from tests.launching import python
+from tests.launching import fate, python
 
 QUICK = [
     "--samples", "1", "--noise-levels", "--attacks", "span", "--probes", "0", "--max-products", "20",
@@ -18,6 +19,16 @@ def test_help_and_unknown_command(capsys):
     assert "audit" in capsys.readouterr().out
     assert main(["adit"]) == REFUSED
     assert "Did you mean 'audit'?" in capsys.readouterr().err
+
+
+def test_a_refusal_ends_one_of_several_processes_at_once(tmp_path):
+    """Not by returning: the interpreter's way out would wait for, or abort with, the others."""
+
+    def refused():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+        main(["audit", "--data", "absent.csv", "--output", str(tmp_path / "out")])
+
+    assert fate(refused) == REFUSED
 
 
 def test_audit_writes_a_report_and_prints_a_table(tmp_path, capsys):

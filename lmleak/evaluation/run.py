@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache, wraps
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -114,21 +114,21 @@ def exit_status(study: Callable[[list[str]], None]) -> Callable[[list[str]], int
             study(argv)
         except LmleakError as error:
             print(f"refused: {error}", file=sys.stderr)
-            if torch.distributed.is_initialized():
-                _leave(REFUSED)
-            return REFUSED
+            return leave_group(REFUSED)
         return 0
 
     return main
 
 
-def _leave(status: int) -> NoReturn:
-    """End this process, one of several, without waiting for the others.
+def leave_group(status: int) -> int:
+    """Return a status; one of several processes ends with it instead, without waiting for the others.
 
     Not through the interpreter, whose way out takes the group down with threads still running: it aborts now and then
     (status -6). Nor after destroying the group as ``finish`` does, when all have met: that joins the same threads, and
     NCCL's may wait for a process that has died. What a run keeps is on the disk before it refuses.
     """
+    if not torch.distributed.is_initialized():
+        return status
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -111,7 +111,8 @@ class FactoredProducts(Products):
 
     def _held(self) -> int:
         """Return how many numbers a product holds at a time, weighted as ``block_size`` needs."""
-        convolutions = [f for f in self.factors.values() if isinstance(f, (KernelFactor, PatchFactor))]
+        parts = [part for factor in self.factors.values() for part in factor.parts]
+        convolutions = [part for part in parts if isinstance(part, (KernelFactor, PatchFactor))]
         more = {id(t) for factor in convolutions for t in factor.tensors}
         tangents = sum(t.numel() * (CONVOLUTION_WEIGHT if key in more else 1) for key, t in self.nodes.items())
         return tangents + sum(self.theta[n].numel() for n in self.by_autodiff)

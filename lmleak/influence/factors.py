@@ -37,6 +37,7 @@ class Factor(ABC):
     def __init__(self, *tensors: Tensor):
         self.tensors = tensors
         self.values = tuple(t.detach() for t in tensors)
+        self.parts: Sequence[Factor] = (self,)
 
     @abstractmethod
     def tangent(self, primes: Tensors) -> Tensor:
@@ -106,6 +107,15 @@ class LinearFactor(Factor):
         on_x = _plus((self.g @ g_prime.mT) @ self.x, self.gg, x_prime)
         on_g = _plus((self.x @ x_prime.mT) @ self.g, self.xx, g_prime)
         return self._shaped(on_x, on_g)
+
+    def sides(self, tensors: Tensors, *, moving: bool = False) -> Tensors:
+        """Return (L, R) of x and g, or of their derivatives: the parameter's gradient is L^T R."""
+        x, g = (self._rows(t) for t in tensors)
+        return (x, g) if self.transposed else (g, x)
+
+    def from_sides(self, on_left: Tensor, on_right: Tensor) -> Tensors:
+        """Return cotangents of L and R as those of x and g."""
+        return self._shaped(*((on_left, on_right) if self.transposed else (on_right, on_left)))
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """Return (..., d) as (n, d), or as (groups, n, d)."""
@@ -187,6 +197,16 @@ class RowFactor(Factor):
         """Return the rows of E' that were looked up."""
         return ((theta[self.index] * self.kept[:, None]).reshape(self.values[0].shape),)
 
+    def sides(self, tensors: Tensors, *, moving: bool = False) -> Tensors:
+        """Return (L, R) of g, or of its derivative: L (n, count) marks the rows looked up, and does not move."""
+        g = rows(tensors[0]) * self.kept[:, None]
+        marks = g.new_zeros(len(self.index), self.count)
+        return (marks if moving else marks.scatter_(1, self.index[:, None], 1.0)), g
+
+    def from_sides(self, on_left: Tensor, on_right: Tensor) -> Tensors:
+        """Return the cotangent of R as that of g."""
+        return ((on_right * self.kept[:, None]).reshape(self.values[0].shape),)
+
     def gram(self, primes):
         """Return the sums over equal indices, without the table."""
         used, place = self.index.unique(return_inverse=True)
@@ -196,11 +216,36 @@ class RowFactor(Factor):
 
 
 class TotalFactor(Factor):
-    """The sum of several factors of one parameter that is used more than once."""
+    """The sum of several factors of one parameter that is used more than once.
+
+    Where every use is that of a matrix (a table tied to a head, layers that share weights), L_i^T R_i, the sum is
+    L^T R of all rows together: a linear map of as many tokens, whose products by tokens serve.
+    """
 
     def __init__(self, parts: Sequence[Factor]):
         super().__init__(*(t for part in parts for t in part.tensors))
         self.parts = parts
+
+    @cached_property
+    def joined(self) -> LinearFactor | None:
+        """All rows as one linear map, or None."""
+        if not all(isinstance(part, RowFactor) or type(part) is LinearFactor for part in self.parts):
+            return None
+        left, right = zip(*(part.sides(part.values) for part in self.parts), strict=True)
+        return LinearFactor(torch.cat(right), torch.cat(left))
+
+    def gram(self, primes):
+        """Return the cotangent of the tangent, by the products of all rows where those are cheaper."""
+        if self.joined is None or not self.joined.by_tokens:
+            return super().gram(primes)
+        split = self._split(primes)
+        left, right = zip(
+            *(part.sides(p, moving=True) for part, p in zip(self.parts, split, strict=True)), strict=True
+        )
+        on_right, on_left = self.joined.gram((torch.cat(right), torch.cat(left)))
+        sizes = [len(rows) for rows in left]
+        by_part = zip(self.parts, on_left.split(sizes), on_right.split(sizes), strict=True)
+        return tuple(c for part, on_l, on_r in by_part for c in part.from_sides(on_l, on_r))
 
     def _split(self, primes: Tensors) -> list[Tensors]:
         sizes = [len(part.tensors) for part in self.parts]

@@ -8,6 +8,7 @@ import transformers as tf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from lmleak.adapters import LeNet, adapt
 from lmleak.gradients import capture_gradient
@@ -142,17 +143,50 @@ def wide_gpt2(length=6):
 FUSED_MAP = 3 * 64 * 64  # numbers in the map of Q, K and V: fewer have only the square ones
 
 
+@pytest.mark.parametrize("shared", ["no-word-embeddings", "all"])
 @pytest.mark.parametrize("way", ["by tokens", "by weights", "autodiff"])
-def test_no_tensor_of_a_weights_size_is_allocated(way, monkeypatch):
-    """Products of the weights' size and the reference show that the watch sees."""
+def test_no_tensor_of_a_weights_size_is_allocated(way, shared, monkeypatch):
+    """Products of the weights' size and the reference show that the watch sees; with "all" the tied table counts."""
     adapter, batch = wide_gpt2()
     if way == "by weights":
         monkeypatch.setattr(LinearFactor, "by_tokens", False)
+    implementation = "autodiff" if way == "autodiff" else "factored"
     with LargestNewTensor() as watch:
-        jacobian = GradientJacobian(adapter, batch, implementation="autodiff" if way == "autodiff" else "factored")
+        jacobian = GradientJacobian(adapter, batch, shared=shared, implementation=implementation)
         for seed in range(2):
             jacobian.gram(randn(*jacobian.x.shape, seed=seed, dtype=torch.float32))
     assert (watch.numbers < FUSED_MAP) == (way == "by tokens"), watch.numbers
+
+
+class Shared(nn.Module):
+    """A matrix that is used as it is, twice, and transposed, and a table that is looked up twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.back = nn.Linear(48, 48), Conv1D(48, 48)
+        self.back.weight = self.fc.weight
+        self.table, self.head = nn.Embedding(48, 48, padding_idx=2), nn.Linear(48, 3)
+
+    def forward(self, x):
+        y = torch.tanh(self.fc(x.flatten(2)) + self.table(torch.tensor([1, 2, 1])))
+        y = self.back(torch.tanh(self.fc(y) * self.table(torch.tensor([[4, 1, 4]]))))
+        return self.head(torch.tanh(y).mean(1))
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_a_weight_that_is_used_more_than_once(by_tokens, monkeypatch):
+    monkeypatch.setattr(LinearFactor, "by_tokens", by_tokens)
+    adapter, batch = image_problem(Shared, (2, 3, 6, 8))
+    fast, reference = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff"))
+    parts = {name: len(factor.parts) for name, factor in fast._products.factors.items()}
+    assert (parts["fc.weight"], parts["table.weight"], parts["head.weight"]) == (3, 2, 1)
+    v = randn(*fast.x.shape)
+    assert relative(fast.gram(v), reference.gram(v)) < 1e-10
+    names = ["fc.weight", "table.weight"]
+    assert relative(fast.restrict(names).gram(v), reference.restrict(names).gram(v)) < 1e-10
+    with LargestNewTensor() as watch:
+        fast.gram(v)
+    assert (watch.numbers < 48 * 48) == by_tokens
 
 
 def test_tokens_or_weights_whatever_is_cheaper():
