@@ -65,8 +65,7 @@ def test_the_page_marks_what_did_not_converge():
     rows = [
         {"shape": "a", "tokens": 8, "device": "cpu", "threads": 1, "damped_gradients": 80.0, "converged": False,
          "bound_seconds": 1.0, "bound_peak_gib": 1.0},
-        {"shape": "a", "tokens": 8, "device": "cpu", "threads": 1, "eigsh_seconds": 60.0, "eigsh_peak_gib": 6.0,
-         "loose_eigsh_seconds": 30.0},
+        {"shape": "a", "tokens": 8, "device": "cpu", "threads": 1, "eigsh_seconds": 60.0, "eigsh_peak_gib": 6.0},
         {"shape": "a", "tokens": 512, "device": "cpu", "threads": 1, "skipped": "at most 64 positions"},
     ]  # fmt: skip
     (merged,) = by_shape_and_length(rows)

@@ -37,7 +37,11 @@ class Factor(ABC):
     def __init__(self, *tensors: Tensor):
         self.tensors = tensors
         self.values = tuple(t.detach() for t in tensors)
-        self.parts: Sequence[Factor] = (self,)
+
+    @property
+    def parts(self) -> "Sequence[Factor]":
+        """The factors that add up to it."""
+        return (self,)
 
     @abstractmethod
     def tangent(self, primes: Tensors) -> Tensor:
@@ -224,7 +228,12 @@ class TotalFactor(Factor):
 
     def __init__(self, parts: Sequence[Factor]):
         super().__init__(*(t for part in parts for t in part.tensors))
-        self.parts = parts
+        self.added = tuple(parts)
+
+    @property
+    def parts(self):
+        """The uses."""
+        return self.added
 
     @cached_property
     def joined(self) -> LinearFactor | None:

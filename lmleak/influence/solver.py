@@ -1,7 +1,8 @@
 """The solver behind the inversion influence function: one Krylov run per perturbation serves everything.
 
 With b = J delta and A = J J^T, the run on A from b gives (A + d I)^-1 b for any damping d and scale of delta, and the
-conjugate-gradient bounds; a run from x - mu gives what the prior adds; one from a random start brackets lambda_max.
+conjugate-gradient bounds; that of Gaussian noise brackets lambda_max as well. A run from x - mu gives what the prior
+adds.
 """
 
 import math
@@ -10,14 +11,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from lmleak.adapters.base import Prior
 from lmleak.errors import ConfigError, DataError
 from lmleak.influence.jacobian import InputJacobian
 from lmleak.influence.perturbation import UnitNoise
-from lmleak.linops import EigenvalueResult, Krylov, krylov_solve, multishift_krylov, top_eigenvalue
+from lmleak.linops import (
+    EigenvalueResult,
+    Krylov,
+    extend_krylov,
+    krylov_solve,
+    multishift_krylov,
+    top_eigenvalue_from_image,
+)
 from lmleak.types import Magnitude
 
 SOLVER_TOLERANCE = 1e-3  # relative residual; the attack errors it is compared with vary far more
@@ -64,7 +71,7 @@ class InfluenceResult:
     lambda_max_residual: float
     """Relative width of the bracket."""
     failure_probability: float
-    """Probability, over the solver's random start, that lambda_max lies above the bracket."""
+    """Probability, over the solver's seeded unit noise, that lambda_max lies above the bracket."""
     damping: float
     """In units of A."""
     residual: float
@@ -72,7 +79,8 @@ class InfluenceResult:
     converged: bool
     """Whether the residual met the tolerance."""
     products: int
-    """Products with A that the whole call spent; shared by all results of a sweep."""
+    """Products with A that it rests on: of its Krylov run, and of the run that brackets lambda_max where that is
+    another. All results of a sweep share them."""
     dx: int
     """Number of free coordinates of x."""
     by_autodiff: tuple[str, ...]
@@ -109,7 +117,7 @@ class InfluenceSolver:
         prior: What the attacker may assume of x.
         tol: Relative residual of solves.
         max_products: Most products with A per Krylov run.
-        seed: Seed of noise and of random starts.
+        seed: Seed of the noise, from whose response lambda_max is bracketed as well.
     """
 
     def __init__(
@@ -126,10 +134,20 @@ class InfluenceSolver:
         self.operator = jacobian.gram_operator()
 
     @cached_property
+    def noise_run(self) -> Krylov:
+        """The Krylov run from J delta for ``noise()``: what brackets lambda_max and solves for the noise."""
+        return Krylov(self.operator, self.response(self.noise()))
+
+    @cached_property
     def lambda_max(self) -> EigenvalueResult:
         """The largest eigenvalue of A."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return top_eigenvalue(self.operator, generator=generator, tol=2 * self.tol, max_products=self.max_products)
+        return top_eigenvalue_from_image(
+            self.noise_run, scale=self.jacobian.perturbation_scale, tol=2 * self.tol, max_products=self.max_products
+        )
+
+    def response(self, perturbation: Mapping[str, Tensor]) -> Tensor:
+        """Return b = J delta on the free coordinates, (dx,), for delta as the attacker sees it."""
+        return self.jacobian.flatten(self.jacobian.matvec(perturbation)) * self.jacobian.perturbation_scale
 
     @property
     def default_damping(self) -> float:
@@ -241,16 +259,15 @@ class PerturbationResponse:
 
     def __init__(self, solver: InfluenceSolver, perturbation: Mapping[str, Tensor], dampings: Sequence[float]):
         self.solver = solver
-        before = solver.operator.products
         self.bracket = solver.lambda_max
-        jacobian = solver.jacobian
-        b = jacobian.flatten(jacobian.matvec(perturbation)) * jacobian.perturbation_scale
-        self.norm = b.double().norm().item()
-        self.krylov = multishift_krylov(solver.operator, b, dampings, tol=solver.tol, max_products=solver.max_products)
+        own = isinstance(perturbation, UnitNoise) and perturbation.draws_as(solver.noise())
+        run = solver.noise_run if own else Krylov(solver.operator, solver.response(perturbation))
+        self.norm = run.start_norm
+        self.krylov = extend_krylov(run, dampings, tol=solver.tol, max_products=solver.max_products)
         # Damping 0 is read from the run the others needed: certified lower bounds, rarely a converged solution.
         (undamped,) = krylov_solve(self.krylov, [0.0], tol=solver.tol)
         self.bounds = undamped.lower_bounds
-        self.products = solver.operator.products - before
+        self.products = self.krylov.dimension + (0 if own else self.bracket.iterations)
 
     def influence(self, damping: float, *, scale: float = 1.0) -> InfluenceResult:
         """Return the I2F of ``scale`` times the perturbation.

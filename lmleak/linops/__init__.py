@@ -4,9 +4,9 @@ Knows torch only. Every result says how far it got: value, residual, iterations,
 """
 
 from lmleak.linops.base import FunctionOperator, LinearOperator, MatrixOperator, ProductOperator, ShiftedOperator
-from lmleak.linops.eigenvalue import EigenvalueResult, top_eigenvalue
+from lmleak.linops.eigenvalue import EigenvalueResult, top_eigenvalue, top_eigenvalue_from_image
 from lmleak.linops.lanczos import Krylov, lanczos, random_start
-from lmleak.linops.multishift import krylov_solve, multishift_cg, multishift_krylov
+from lmleak.linops.multishift import extend_krylov, krylov_solve, multishift_cg, multishift_krylov
 from lmleak.linops.solve import SolveResult, StopReason, conjugate_gradient
 from lmleak.linops.trace import (
     Quadrature,
@@ -32,6 +32,7 @@ __all__ = [
     "TraceEstimate",
     "conjugate_gradient",
     "exact_spectrum",
+    "extend_krylov",
     "krylov_solve",
     "lanczos",
     "multishift_cg",
@@ -40,4 +41,5 @@ __all__ = [
     "random_start",
     "spectral_probes",
     "top_eigenvalue",
+    "top_eigenvalue_from_image",
 ]

@@ -1,17 +1,19 @@
 """The largest eigenvalue, from below by a Ritz value and from above with a stated probability."""
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.special import betaincinv
+from scipy.special import betaincinv, erfinv
 from torch import Tensor
 
 from lmleak.errors import ConfigError
 from lmleak.linops.base import LinearOperator
-from lmleak.linops.lanczos import Krylov, lanczos, random_start, refuse_negative_curvature
+from lmleak.linops.lanczos import Krylov, random_start, refuse_negative_curvature
 
 
 @dataclass(frozen=True)
@@ -78,28 +80,78 @@ def top_eigenvalue(
     Raises:
         ConfigError: If the operator is not tagged or an argument is out of range.
     """
+    _check(failure_probability, tol, max_products)
+    krylov = Krylov(operator, random_start(operator, generator))
+    if operator.shape[0] == 0:
+        raise ConfigError(f"{operator!r} has no rows: there is no eigenvalue.")
+    cosine = math.sqrt(betaincinv(0.5, (operator.shape[0] - 1) / 2, failure_probability))
+    return _bracket(krylov, lambda theta: cosine, tol, max_products, failure_probability)
+
+
+def top_eigenvalue_from_image(
+    krylov: Krylov,
+    *,
+    scale: float = 1.0,
+    tol: float = 1e-3,
+    max_products: int = 200,
+    failure_probability: float = 1e-3,
+) -> EigenvalueResult:
+    """Bracket lambda_max(J J^T) in a run that starts from b = scale * J z, z ~ N(0, I), and may go on afterwards.
+
+    As ``top_eigenvalue``, on another event: the part of b along the top eigenvector u is scale sqrt(lambda_max) zeta
+    with zeta ~ N(0, 1), and |zeta| exceeds its quantile at ``failure_probability``. Hence |cos(b, u)| > delta with
+    delta = scale sqrt(theta) quantile / ||b||, theta being at most lambda_max. A run that serves to solve for J z so
+    brackets the eigenvalue as well. b = 0 means J = 0 (with probability one), and a bracket of zero.
+
+    Args:
+        krylov: The run, of any length; it is continued.
+        scale: Of b.
+        tol: Relative width of the bracket at which to stop.
+        max_products: Most products of the run, those already spent included.
+        failure_probability: Probability, over z, that ``upper`` is allowed to be wrong.
+
+    Returns:
+        The bracket. Errors as of ``top_eigenvalue``.
+    """
+    _check(failure_probability, tol, max_products)
+    if krylov.start_norm == 0:
+        nowhere = torch.zeros(krylov.operator.shape[0], dtype=krylov.operator.dtype, device=krylov.operator.device)
+        return EigenvalueResult(0.0, 0.0, 0.0, failure_probability, 0, True, nowhere)
+    quantile = math.sqrt(2) * erfinv(failure_probability)
+    cosine = lambda theta: min(1.0, scale * math.sqrt(max(theta, sys.float_info.min)) * quantile / krylov.start_norm)
+    return _bracket(krylov, cosine, tol, max_products, failure_probability)
+
+
+def _check(failure_probability: float, tol: float, max_products: int) -> None:
     if not 0 < failure_probability < 1:
         raise ConfigError(f"failure_probability must lie in (0, 1), got {failure_probability}. The default is 1e-3.")
     if not tol > 0:
         raise ConfigError(f"tol must be positive, got {tol}.")
+    if max_products < 1:
+        raise ConfigError(f"max_products must be at least 1, got {max_products}.")
+
+
+def _bracket(
+    krylov: Krylov, cosine: Callable[[float], float], tol: float, max_products: int, failure_probability: float
+) -> EigenvalueResult:
+    """Continue a run until its bracket is narrow; ``cosine`` returns delta for a theta."""
     check_at = 1
 
-    def bracket_is_narrow(krylov: Krylov) -> bool:
+    def is_narrow(krylov: Krylov) -> bool:
         nonlocal check_at
         if krylov.dimension < check_at:
             return False
         check_at = krylov.dimension + max(1, krylov.dimension // 8)  # the eigenproblem of T costs k^2
         values = krylov.ritz_values()
-        return _upper_bound(krylov, values, 0.0, failure_probability) <= (1 + tol) * values[-1]
+        return _upper_bound(krylov, values, 0.0, cosine(values[-1])) <= (1 + tol) * values[-1]
 
-    krylov = lanczos(operator, random_start(operator, generator), max_products=max_products, stop=bracket_is_narrow)
-    if krylov.dimension == 0:
-        raise ConfigError(f"{operator!r} has no rows: there is no eigenvalue.")
+    if krylov.dimension == 0 or not is_narrow(krylov):
+        krylov.extend(max_products - krylov.dimension, is_narrow)
     values, vectors = krylov.ritz_pairs()
-    refuse_negative_curvature(values[0], operator, krylov.scale)
+    refuse_negative_curvature(values[0], krylov.operator, krylov.scale)
     value = max(float(values[-1]), 0.0)
     residual = abs(krylov.beta_last * float(vectors[-1, -1]))
-    upper = max(value, _upper_bound(krylov, values, residual, failure_probability))
+    upper = max(value, _upper_bound(krylov, values, residual, cosine(values[-1])))
     return EigenvalueResult(
         value=value,
         residual=residual,
@@ -111,14 +163,12 @@ def top_eigenvalue(
     )
 
 
-def _upper_bound(krylov: Krylov, values: np.ndarray, residual: float, failure_probability: float) -> float:
+def _upper_bound(krylov: Krylov, values: np.ndarray, residual: float, cosine: float) -> float:
     """Return the bound of ``top_eigenvalue`` from the Ritz values (k,), ascending."""
     rounding = 10 * krylov.rounding
     if krylov.exhausted:
         return float(values[-1]) + residual + rounding
-    size, k = krylov.operator.shape[0], krylov.dimension
-    cosine = math.sqrt(betaincinv(0.5, (size - 1) / 2, failure_probability))
-    chebyshev = float(values[-1]) * math.cosh(math.acosh(1 / cosine) / (2 * k - 1)) ** 2
+    chebyshev = float(values[-1]) * math.cosh(math.acosh(1 / cosine) / (2 * krylov.dimension - 1)) ** 2
     betas = np.append(krylov.beta, krylov.beta_last)
     return min(chebyshev, _lanczos_polynomial_root(values, betas, cosine)) + rounding
 

@@ -178,9 +178,11 @@ class Krylov:
         """Eigenvalues (k,) of T, ascending, and its eigenvectors (k, k) in columns."""
         return eigh_tridiagonal(self.alpha, self.beta)
 
-    def smallest_ritz_value(self) -> float:
-        """Smallest eigenvalue of T, without the others."""
-        return float(eigvalsh_tridiagonal(self.alpha, self.beta, select="i", select_range=(0, 0))[0])
+    def smallest_ritz_value(self, k: int | None = None) -> float:
+        """Smallest eigenvalue of T, or of what it was after k products, without the others."""
+        k = self.dimension if k is None else k
+        alpha, beta = self.alpha[:k], self.beta[: k - 1]
+        return float(eigvalsh_tridiagonal(alpha, beta, select="i", select_range=(0, 0))[0])
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Return V^T y for y (j,) or (j, s) with j <= k: (n,) or (n, s), on the device, in the operator's dtype."""

@@ -8,7 +8,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from lmleak.linops.base import LinearOperator
-from lmleak.linops.lanczos import Krylov, lanczos, refuse_negative_curvature, solve_tridiagonal
+from lmleak.linops.lanczos import Krylov, refuse_negative_curvature, solve_tridiagonal
 from lmleak.linops.solve import RESOLUTION, SolveResult, StopReason, checked_settings
 
 
@@ -64,22 +64,38 @@ def multishift_krylov(
     Returns:
         The Krylov run started at b. Errors as in ``multishift_cg``.
     """
-    shifts = checked_settings(dampings, tol, max_products)
-    unfinished = [_IterateNorms(shift) for shift in shifts]
+    return extend_krylov(Krylov(operator, b), dampings, tol=tol, max_products=max_products)
 
-    def all_solved(krylov: Krylov) -> bool:
-        smallest = krylov.smallest_ritz_value()
-        refuse_negative_curvature(smallest, operator, krylov.scale)
-        alpha, beta_before = krylov.alpha[-1], (krylov.beta[-1] if krylov.dimension > 1 else 0.0)
+
+def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, max_products: int = 500) -> Krylov:
+    """Continue a run until it is long enough for these dampings.
+
+    Args:
+        krylov: A run started at b, of any length.
+        dampings: The shifts s >= 0 that decide when to stop.
+        tol: Relative residual to reach for each.
+        max_products: Most products of the run, those already spent included.
+
+    Returns:
+        The run itself. Errors as in ``multishift_cg``.
+    """
+    unfinished = [_IterateNorms(shift) for shift in checked_settings(dampings, tol, max_products)]
+
+    def solved_by(k: int) -> bool:
+        smallest = krylov.smallest_ritz_value(k)
+        refuse_negative_curvature(smallest, krylov.operator, krylov.scale)
+        alpha, betas = krylov.alpha[k - 1], np.append(krylov.beta, krylov.beta_last)
         for run in list(unfinished):
             resolved = smallest + run.damping >= _floor(krylov)
             if resolved:
-                run.step(alpha, beta_before)
-            if not resolved or krylov.beta_last * abs(run.last_component) <= tol:
+                run.step(alpha, betas[k - 2] if k > 1 else 0.0)
+            if not resolved or betas[k - 1] * abs(run.last_component) <= tol:
                 unfinished.remove(run)
         return not unfinished
 
-    return lanczos(operator, b, max_products=max_products, stop=all_solved)
+    if not any(solved_by(k) for k in range(1, krylov.dimension + 1)):
+        krylov.extend(max_products - krylov.dimension, lambda run: solved_by(run.dimension))
+    return krylov
 
 
 def krylov_solve(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6) -> list[SolveResult]:

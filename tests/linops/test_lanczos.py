@@ -6,7 +6,18 @@ import torch
 from scipy.special import betaincinv
 
 from lmleak.errors import ConfigError, ConvergenceError, DataError
-from lmleak.linops import FunctionOperator, MatrixOperator, lanczos, random_start, top_eigenvalue
+from lmleak.linops import (
+    FunctionOperator,
+    Krylov,
+    MatrixOperator,
+    extend_krylov,
+    krylov_solve,
+    lanczos,
+    multishift_krylov,
+    random_start,
+    top_eigenvalue,
+    top_eigenvalue_from_image,
+)
 
 
 def tridiagonal(krylov):
@@ -232,3 +243,66 @@ def test_same_seed_same_numbers(operator_with_spectrum):
     assert run(1).value == run(1).value
     assert run(1).value != run(2).value
     assert torch.equal(run(1).vector, run(1).vector)
+
+
+def image_start(operator, generator):
+    """J z for a square root J of A, and z ~ N(0, I)."""
+    values, vectors = torch.linalg.eigh(operator.matrix.double())
+    z = torch.randn(len(values), generator=generator, dtype=torch.float64)
+    return (vectors @ (values.clamp(min=0).sqrt() * z)).to(operator.dtype)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_run_from_an_image_brackets_the_truth(name, dtype, operator_with_spectrum):
+    operator = operator_with_spectrum(SPECTRA[name], dtype=dtype)
+    truth = torch.linalg.eigvalsh(operator.matrix.double())[-1].item()
+    start = image_start(operator, torch.Generator().manual_seed(0))
+    result = top_eigenvalue_from_image(Krylov(operator, start), tol=1e-4)
+    assert result.converged
+    assert truth <= result.upper <= truth * (1 + 1.1e-4)
+    scaled = top_eigenvalue_from_image(Krylov(operator, 8 * start), scale=8, tol=1e-4)
+    assert scaled.upper == result.upper  # powers of two: to the last bit
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_upper_from_an_image_fails_as_often_as_it_says_or_less(steps):
+    diagonal = torch.cat([torch.linspace(0, 1, 199, dtype=torch.float64), torch.tensor([1.5], dtype=torch.float64)])
+    operator = FunctionOperator(lambda v: diagonal * v, 200, torch.float64, positive_semidefinite=True)
+    generator = torch.Generator().manual_seed(steps)
+
+    def uppers(allowed, trials=300):
+        starts = [diagonal.sqrt() * random_start(operator, generator) for _ in range(trials)]
+        settings = {"max_products": steps, "tol": 1e-12, "failure_probability": allowed}
+        return [top_eigenvalue_from_image(Krylov(operator, start), **settings).upper for start in starts]
+
+    loose = uppers(0.1)
+    assert sum(upper < 1.5 for upper in loose) <= 30 + 3 * math.sqrt(27)
+    assert any(upper > 1.51 for upper in loose)
+    assert sum(upper < 1.5 for upper in uppers(1e-3)) <= 3
+
+
+def test_a_run_goes_on_where_the_bracket_left_it(operator_with_spectrum):
+    operator = operator_with_spectrum(torch.logspace(-4, 0, 60))
+    start = image_start(operator, torch.Generator().manual_seed(1))
+    run, dampings = Krylov(operator, start), [1e-4, 1e-2]
+    bracket = top_eigenvalue_from_image(run, tol=0.05)
+    assert 0 < bracket.iterations == run.dimension < 60
+    assert extend_krylov(run, dampings, tol=1e-5) is run
+    alone = multishift_krylov(operator, start, dampings, tol=1e-5)
+    assert run.dimension == alone.dimension > bracket.iterations
+    for got, expected in zip(*(krylov_solve(k, dampings, tol=1e-5) for k in (run, alone)), strict=True):
+        assert torch.equal(got.solution, expected.solution)
+        assert got.converged
+    extend_krylov(run, [1e-1], tol=1e-5)  # long enough already
+    assert top_eigenvalue_from_image(run, tol=0.05).iterations == alone.dimension
+    extend_krylov(run, [0.0], tol=1e-12, max_products=alone.dimension + 2)
+    assert run.dimension == alone.dimension + 2
+
+
+def test_an_image_that_is_zero_is_a_zero_operator():
+    zero = MatrixOperator(torch.zeros(5, 5, dtype=torch.float64), positive_semidefinite=True)
+    result = top_eigenvalue_from_image(Krylov(zero, torch.zeros(5, dtype=torch.float64)))
+    assert (result.value, result.upper, result.converged, result.iterations) == (0.0, 0.0, True, 0)
+    with pytest.raises(ConfigError, match="failure_probability"):
+        top_eigenvalue_from_image(Krylov(zero, torch.zeros(5, dtype=torch.float64)), failure_probability=2)
