@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--pieces", nargs="+", choices=PIECES, help="what is measured")
     parser.add_argument("--all", action="store_true", help="all shapes, lengths and pieces that are not chosen")
     parser.add_argument("--fit", action="store_true", help="sweep length, layers, width and batch, and fit slopes")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     parser.add_argument("--output", default=None, help="JSON lines; by default runs/benchmarks/influence-DEVICE.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -97,6 +97,9 @@ def main() -> None:
     rows = run_cases("benchmarks.influence", cases_of(options), str(output), budget=options.budget)
     if not rows:
         return
+    for row in rows:
+        if "skipped" in row:
+            report(f"{row['shape']}, {row['tokens']} tokens: skipped, {row['skipped']}")
     merged = by_shape_and_length(rows)
     titles, lines = turned(merged)
     Console(width=200).print(table("Cost of the risk numbers († extrapolated)", titles, lines))

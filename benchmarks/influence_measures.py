@@ -102,12 +102,13 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
     del gradient
     figures = {"gradient_seconds": gradient_seconds, "gradient_peak_gib": peak_gib(device)}
 
-    def cost(piece: str, seconds: float, products: int | None = None) -> None:
+    def cost(piece: str, seconds: float, products: int | None = None, unit: float = gradient_seconds) -> None:
         figures.update({
-            f"{piece}_seconds": seconds, f"{piece}_gradients": seconds / gradient_seconds,
+            f"{piece}_seconds": seconds, f"{piece}_gradients": seconds / unit,
             f"{piece}_peak_gib": peak_gib(device), **({} if products is None else {f"{piece}_products": products}),
         })  # fmt: skip
-        report(f"{piece}: {seconds:.3g} s, {seconds / gradient_seconds:.3g} gradients, {products or 1} products")
+        counted = "" if products is None else f", {products} products"
+        report(f"{piece}: {seconds:.3g} s, {seconds / unit:.3g} gradients{counted}")
 
     setup_seconds, jacobian = timed(lambda: GradientJacobian(adapter, batch))
     jacobian.gram(jacobian.free.to(jacobian.dtype))  # the first product makes what the others reuse
@@ -115,8 +116,8 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
     pairs = [(timed(lambda: plain_gradient(adapter, batch))[0], timed(lambda: jacobian.gram(v))[0]) for _ in range(5)]
     figures["dx"] = jacobian.dx
     cost("setup", setup_seconds)
-    cost("product", sorted(product for _, product in pairs)[2])
-    figures["product_gradients"] = sorted(p for _, p in pairs)[2] / sorted(g for g, _ in pairs)[2]
+    beside, product = (sorted(seconds)[2] for seconds in zip(*pairs, strict=True))
+    cost("product", product, unit=beside)
 
     solver_to = lambda tol: InfluenceSolver(jacobian, adapter.prior(), tol=tol, max_products=600)
     noise = solver_to(BOUND_TOLERANCE).noise()

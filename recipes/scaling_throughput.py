@@ -33,7 +33,7 @@ from scaling_worker import WorkConfig
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError, DataError
-from lmleak.evaluation import exit_status
+from lmleak.evaluation import ResultFolder, exit_status
 from lmleak.report.drawing import BLUE, GREY, ORANGE, house_style, light_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,7 @@ def launch(config: ThroughputConfig, scaling: str, processes: int, repeat: int) 
     samples = config.samples * (processes if scaling == "weak" else 1)
     folder = Path(config.output) / config.split / f"{scaling}-{processes}-{repeat}"
     work = config.work(samples, folder)
+    ResultFolder(folder, work.identity).open()  # refuses what other settings left
     if not (folder / "timing.json").exists():
         settings = [f"--{name}={value}" for name, value in vars(work).items() if value is not None]
         command = [

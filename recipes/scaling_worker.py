@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -71,6 +71,15 @@ class WorkConfig:
         if self.split == "probes" and self.samples < 2:
             raise ConfigError("probes have a standard error from 2 on; give samples=2 or more")
         parse_attack(self.attack)
+
+    @property
+    def identity(self) -> dict:
+        """What the rows depend on: a folder holds rows of one."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("device", "threads", "started", "output")
+        }
 
 
 class Clock:
@@ -133,13 +142,15 @@ def main(argv: list[str]) -> None:
     if adapter.task != "causal-lm":
         raise UnsupportedModelError(f"{config.model!r} is of task {adapter.task!r}; give a causal language model")
     texts = load_examples(None).texts
-    folder, clock = ResultFolder(config.output, {"split": config.split, "samples": config.samples}), Clock()
+    folder, clock = ResultFolder(config.output, config.identity), Clock()
     gather([None], state)  # all have loaded; what follows is work
     if config.split == "examples":
         items = [texts[i % len(texts)] for i in range(config.samples)]
         work = lambda i, text: [clock(example_row, config, adapter, i, text)]
         rows = run_items(items, work, folder, state, label="measuring")
     else:
+        if state.is_main_process:
+            folder.open()
         row_of = probes_row if config.split == "probes" else restarts_row
         rows = [clock(row_of, config, adapter, texts[0], state)]
         if state.is_main_process:

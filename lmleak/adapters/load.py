@@ -80,6 +80,8 @@ def load_adapter(
     """
     if task is not None:
         lookup("task", task, MODEL_CLASSES)
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={str(device)!r}, but no CUDA device is available; use device='cpu'")
     source = str(REFERENCE_MODELS.get(name, name))
     is_shape = Path(source).suffix in (".yaml", ".yml")
     with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator by transformers

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lmleak.errors import ConfigError, UnsupportedModelError
 from lmleak.lookup import suggest
@@ -225,7 +226,12 @@ def _run_through(model: nn.Module, block: str, run: Callable[[], object]) -> Ten
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is y = W x + b with a 2-D weight (``nn.Linear`` or the GPT-2 ``Conv1D``)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Return whether somebody put another ``forward`` on this very module; accelerate's keeps what it computes."""
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
 
 
 def weight_rows(module: nn.Module, gradient: Tensor) -> Tensor:

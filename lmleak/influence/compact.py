@@ -20,6 +20,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lmleak.adapters.structure import replaced_forward
+
 ELEMENTWISE = ("torch.nn.modules.activation", "transformers.activations")  # where smooth activations are defined
 
 
@@ -136,7 +138,8 @@ class _Losses(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        plain = kwargs.get("weight") is None and not kwargs.get("label_smoothing")
+        older = kwargs.get("size_average") is not None or kwargs.get("reduce") is not None
+        plain = kwargs.get("weight") is None and not kwargs.get("label_smoothing") and not older
         if function is F.cross_entropy and len(args) == 2 and plain:
             logits, targets = args
             reduction, ignored = kwargs.get("reduction", "mean"), kwargs.get("ignore_index", -100)
@@ -175,7 +178,7 @@ def compact_functions(model: nn.Module):
 def _smooth(module: nn.Module) -> bool:
     """Return whether a module is a GELU or SiLU of torch or transformers, and leaves its input as it was."""
     kind = type(module)
-    if getattr(module, "inplace", False):
+    if getattr(module, "inplace", False) or replaced_forward(module):
         return False
     return kind.__module__ in ELEMENTWISE and any(name in kind.__name__.upper() for name in ("GELU", "SILU"))
 

@@ -10,11 +10,13 @@ Every one of these maps is symmetric. As in :mod:`lmleak.influence.compact`, the
 """
 
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from lmleak.adapters.structure import replaced_forward
 from lmleak.influence.compact import chosen
 
 
@@ -107,16 +109,20 @@ def compact_norms(model: nn.Module):
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def compact(module, arguments, output):
-        if len(arguments) != 1 or not (arguments[0].requires_grad and torch.is_grad_enabled()):
+    def compact(module, arguments, keywords, output):
+        if len(arguments) != 1 or keywords or not (arguments[0].requires_grad and torch.is_grad_enabled()):
             return None
-        written = _written(module, arguments[0], output)
+        written = _written(module, arguments[0])
         if written is None:
             return None
         found[id(written[0])] = written
         return written[0]
 
-    handles = [module.register_forward_hook(compact, prepend=True) for module in model.modules() if _is_norm(module)]
+    handles = [
+        module.register_forward_hook(compact, with_kwargs=True, prepend=True)
+        for module in model.modules()
+        if _is_norm(module)
+    ]
     try:
         yield found
     finally:
@@ -125,28 +131,59 @@ def compact_norms(model: nn.Module):
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a LayerNorm of the last axis, or looks like an RMSNorm."""
+    """Return whether a module is a LayerNorm of the last axis, or is called as RMSNorms are."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or weight.dtype not in (torch.float32, torch.float64):
         return False
+    if replaced_forward(module) or module._modules or module._buffers:
+        return False
     if type(module).forward is nn.LayerNorm.forward:
         return True
-    bare = module._parameters.keys() == {"weight"} and not module._buffers
-    return bare and type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and _epsilon(module) is not None
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    return named and module._parameters.keys() == {"weight"} and _epsilon(module) is not None
 
 
 def _epsilon(module: nn.Module) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _written(module: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the output as u w + b, and u; None where that is not what the module returned."""
+def _written(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the output as u w + b, and u; None where that is not what the module computes."""
     weight, bias = module.weight, module._parameters.get("bias")
     if x.dtype != weight.dtype or x.shape[-1] != len(weight):
         return None
-    u = Normalised.apply(x, _epsilon(module), isinstance(module, nn.LayerNorm))
-    for gain in (weight, 1 + weight):  # Gemma's norms store their weight less one
-        y = u * gain if bias is None else torch.addcmul(bias, u, gain)
-        if (y - output).detach().norm() <= 1e3 * torch.finfo(x.dtype).eps * output.detach().norm():
-            return y, u
+    for shift in (0, 1):  # Gemma's norms store their weight less one
+        if _is_affine(module, x, shift):
+            u = _normalised(module, x)
+            return _affine(u, weight + shift if shift else weight, bias), u
     return None
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+    return Normalised.apply(x, _epsilon(module), isinstance(module, nn.LayerNorm))
+
+
+def _affine(u: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    return u * gain if bias is None else torch.addcmul(bias, u, gain)
+
+
+def _is_affine(module: nn.Module, x: Tensor, shift: int) -> bool:
+    """Return whether value and derivative are those of u (w + shift) + b, at random x, w and b."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    probe = copy(module)
+    probe.__dict__["_parameters"] = {n: p if p is None else 1 + draw(p) / 4 for n, p in module._parameters.items()}
+    scales = 10 ** (2 * torch.rand(x.shape[:-1], generator=generator, dtype=torch.float64) - 1)
+    point, along = (draw(x) * scales[..., None].to(x)).requires_grad_(), draw(x)
+    expected = _affine(_normalised(probe, point), probe.weight + shift, probe._parameters.get("bias"))
+    eps = torch.finfo(x.dtype).eps
+    returned = type(module).forward(probe, point)  # without the module's hooks
+    if returned.shape != expected.shape or not _close(returned, expected, 64 * eps):
+        return False
+    slopes = [torch.autograd.grad(y, point, along, allow_unused=True)[0] for y in (returned, expected)]
+    return slopes[0] is not None and _close(*slopes, 1e3 * eps)
+
+
+def _close(a: Tensor, b: Tensor, tol: float) -> bool:
+    """Return whether all tokens agree, relative to their norms."""
+    return bool(((a - b).detach().norm(dim=-1) <= tol * b.detach().norm(dim=-1)).all())

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lmleak.adapters.precision import KeepDouble
-from lmleak.adapters.structure import is_linear
+from lmleak.adapters.structure import is_linear, replaced_forward
 from lmleak.errors import DataError
 from lmleak.influence.compact import compact_functions
 from lmleak.influence.compact_norms import compact_norms
@@ -253,7 +254,9 @@ def _kinds(call: Call) -> dict[str, Maker]:
     """Return how the parameters of a module become factors, by their names in the module."""
     module = call.module
     forward = type(module).forward
-    if is_linear(module) and (forward is nn.Linear.forward or type(module).__name__ == "Conv1D"):
+    if replaced_forward(module):
+        return {}
+    if is_linear(module) and forward in (nn.Linear.forward, Conv1D.forward):
         transposed = not isinstance(module, nn.Linear)
         return {
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
@@ -272,7 +275,11 @@ def _kinds(call: Call) -> dict[str, Maker]:
 
 
 def _norm_kinds(call: Call) -> dict[str, Maker]:
-    """Return the factors of a norm y = u(x) w + b, found by replacing w and b; nothing if the module is none."""
+    """Return the factors of a norm y = u(x) w + b, found by replacing w and b; nothing if the module is none.
+
+    At random w and b the module must give what u, taken at ones, says: w may enter in another way, or along another
+    axis as long as all its entries are equal.
+    """
     module, weight = call.module, call.module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or set(call.names) - {"weight", "bias"}:
         return {}
@@ -294,9 +301,13 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
         at_zero = at_zero.detach()
     u = run(ones) - at_zero
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
-    written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))
-    if not (written - call.y).norm() <= 1e3 * torch.finfo(u.dtype).eps * call.y.norm():
-        return {}  # a module that only looks like a norm; double backward serves
+    generator = torch.Generator().manual_seed(0)
+    drawn = {n: torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for n, z in zeros.items()}
+    with torch.no_grad():
+        returned = run(drawn)
+        written = at_zero + u * drawn["weight"].view(along) + (drawn["bias"].view(along) if "bias" in drawn else 0)
+        if not (written - returned).norm() <= 1e2 * torch.finfo(u.dtype).eps * returned.norm():
+            return {}  # a module that only looks like a norm; double backward serves
     return _scaled(u, axis)
 
 

@@ -112,7 +112,7 @@ class LinearFactor(Factor):
         on_g = _plus((self.x @ x_prime.mT) @ self.g, self.xx, g_prime)
         return self._shaped(on_x, on_g)
 
-    def sides(self, tensors: Tensors, *, moving: bool = False) -> Tensors:
+    def sides(self, tensors: Tensors) -> Tensors:
         """Return (L, R) of x and g, or of their derivatives: the parameter's gradient is L^T R."""
         x, g = (self._rows(t) for t in tensors)
         return (x, g) if self.transposed else (g, x)
@@ -192,29 +192,23 @@ class RowFactor(Factor):
         self.index, self.count = index.expand(g.shape[:-1]).reshape(-1), count
         self.kept = torch.ones_like(self.index, dtype=g.dtype) if padding is None else (self.index != padding).to(g)
 
+    def kept_rows(self, g: Tensor) -> Tensor:
+        """Return g or its like as rows, those of the padding zero."""
+        return rows(g) * self.kept[:, None]
+
     def tangent(self, primes):
         """Return the rows of G' added up by index."""
-        g = rows(primes[0]) * self.kept[:, None]
+        g = self.kept_rows(primes[0])
         return g.new_zeros(self.count, g.shape[1]).index_add_(0, self.index, g)
 
     def cotangent(self, theta):
         """Return the rows of E' that were looked up."""
         return ((theta[self.index] * self.kept[:, None]).reshape(self.values[0].shape),)
 
-    def sides(self, tensors: Tensors, *, moving: bool = False) -> Tensors:
-        """Return (L, R) of g, or of its derivative: L (n, count) marks the rows looked up, and does not move."""
-        g = rows(tensors[0]) * self.kept[:, None]
-        marks = g.new_zeros(len(self.index), self.count)
-        return (marks if moving else marks.scatter_(1, self.index[:, None], 1.0)), g
-
-    def from_sides(self, on_left: Tensor, on_right: Tensor) -> Tensors:
-        """Return the cotangent of R as that of g."""
-        return ((on_right * self.kept[:, None]).reshape(self.values[0].shape),)
-
     def gram(self, primes):
         """Return the sums over equal indices, without the table."""
         used, place = self.index.unique(return_inverse=True)
-        g = rows(primes[0]) * self.kept[:, None]
+        g = self.kept_rows(primes[0])
         sums = g.new_zeros(len(used), g.shape[1]).index_add_(0, place, g)
         return ((sums[place] * self.kept[:, None]).reshape(self.values[0].shape),)
 
@@ -222,39 +216,70 @@ class RowFactor(Factor):
 class TotalFactor(Factor):
     """The sum of several factors of one parameter that is used more than once.
 
-    Where every use is that of a matrix (a table tied to a head, layers that share weights), L_i^T R_i, the sum is
-    L^T R of all rows together: a linear map of as many tokens, whose products by tokens serve.
+    Linear maps add up to one map of all their rows, L^T R (layers that share weights), and products by tokens serve as
+    they do for one. Beside them the same matrix may be a table that is looked up (tied to a head): rows of G summed by
+    index i are O^T G with O marking the indices, and what the two have to do with one another needs no O either:
+    L O^T = L[:, i].
     """
 
     def __init__(self, parts: Sequence[Factor]):
         super().__init__(*(t for part in parts for t in part.tensors))
         self.added = tuple(parts)
+        self.maps = [i for i, part in enumerate(parts) if type(part) is LinearFactor]
+        self.lookups = [i for i, part in enumerate(parts) if isinstance(part, RowFactor)]
 
     @property
     def parts(self):
         """The uses."""
         return self.added
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether products of all rows serve, and are cheaper than those of the weight's size."""
+        if len(self.maps) + len(self.lookups) < len(self.parts):
+            return False
+        return not self.maps or self.joined.by_tokens
+
     @cached_property
-    def joined(self) -> LinearFactor | None:
-        """All rows as one linear map, or None."""
-        if not all(isinstance(part, RowFactor) or type(part) is LinearFactor for part in self.parts):
-            return None
-        left, right = zip(*(part.sides(part.values) for part in self.parts), strict=True)
-        return LinearFactor(torch.cat(right), torch.cat(left))
+    def joined(self) -> LinearFactor:
+        """The linear maps as one."""
+        left, right = self._joined_sides([part.values for part in self.parts])
+        return LinearFactor(right, left)
+
+    def _joined_sides(self, tensors: Sequence[Tensors]) -> Tensors:
+        left, right = zip(*(self.parts[i].sides(tensors[i]) for i in self.maps), strict=True)
+        return torch.cat(left), torch.cat(right)
 
     def gram(self, primes):
-        """Return the cotangent of the tangent, by the products of all rows where those are cheaper."""
-        if self.joined is None or not self.joined.by_tokens:
+        """Return the cotangent of the tangent, by products of rows where those are cheaper."""
+        if not self.by_tokens:
             return super().gram(primes)
         split = self._split(primes)
-        left, right = zip(
-            *(part.sides(p, moving=True) for part, p in zip(self.parts, split, strict=True)), strict=True
-        )
-        on_right, on_left = self.joined.gram((torch.cat(right), torch.cat(left)))
-        sizes = [len(rows) for rows in left]
-        by_part = zip(self.parts, on_left.split(sizes), on_right.split(sizes), strict=True)
-        return tuple(c for part, on_l, on_r in by_part for c in part.from_sides(on_l, on_r))
+        row_primes = {i: self.parts[i].kept_rows(split[i][0]) for i in self.lookups}
+        on_rows = {i: self._among_lookups(i, row_primes) for i in self.lookups}
+        found = {}
+        if self.maps:
+            left, right = self.joined.g, self.joined.x
+            left_prime, right_prime = self._joined_sides(split)
+            on_right, on_left = self.joined.gram((right_prime, left_prime))
+            for i in self.lookups:
+                index = self.parts[i].index
+                marked = left[:, index]  # L O^T
+                on_right = _plus(on_right, marked, row_primes[i])
+                on_left = on_left.index_add(1, index, right @ row_primes[i].mT)
+                on_rows[i] = _plus(on_rows[i] + left_prime[:, index].mT @ right, marked.mT, right_prime)
+            sizes = [len(self.parts[i].x) for i in self.maps]
+            for i, on_l, on_r in zip(self.maps, on_left.split(sizes), on_right.split(sizes), strict=True):
+                found[i] = self.parts[i].from_sides(on_l, on_r)
+        for i, rows_of in on_rows.items():
+            found[i] = (self.parts[i].kept_rows(rows_of).reshape(self.parts[i].values[0].shape),)
+        return tuple(c for i in range(len(self.parts)) for c in found[i])
+
+    def _among_lookups(self, i: int, row_primes: dict[int, Tensor]) -> Tensor:
+        """Return what the derivatives of all lookups add up to at the rows of one."""
+        index = self.parts[i].index
+        equal = lambda j: (index[:, None] == self.parts[j].index).to(row_primes[i])
+        return sum(equal(j) @ row_primes[j] for j in self.lookups)
 
     def _split(self, primes: Tensors) -> list[Tensors]:
         sizes = [len(part.tensors) for part in self.parts]

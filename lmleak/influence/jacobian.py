@@ -89,6 +89,8 @@ class InputJacobian(ABC):
         Raises:
             DataError: On names outside theta or wrong shapes.
         """
+        if not isinstance(delta, Mapping):
+            raise DataError(f"delta must map parameter names to tensors, got {type(delta).__name__}")
         for name in delta:
             if name not in self.parameter_shapes:
                 raise DataError(f"delta names {name!r}, which is not among the shared parameters")

@@ -78,6 +78,8 @@ class Perturbation(Mapping):
             yield name, self._checked(name, tensor)
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"delta of {name!r} is a {type(tensor).__name__}, expected a tensor like the parameter")
         if tensor.shape != self.shapes[name]:
             expected = tuple(self.shapes[name])
             raise DataError(f"delta of {name!r} has shape {tuple(tensor.shape)}, expected {expected}")

@@ -92,7 +92,7 @@ class DenseProducts(Products):
         if x.numel() * columns > DENSE_LIMIT:
             raise ConfigError(
                 f"a dense J would hold {x.numel()} x {columns} numbers, more than {DENSE_LIMIT}; "
-                "use implementation='autodiff'"
+                "take products instead: implementation='factored', the default"
             )
         self.shape, self.block_size = x.shape, BLOCK_SIZE
         self.columns: dict[str, tuple[slice, torch.Size]] = {}

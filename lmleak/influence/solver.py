@@ -263,7 +263,9 @@ class PerturbationResponse:
         own = isinstance(perturbation, UnitNoise) and perturbation.draws_as(solver.noise())
         run = solver.noise_run if own else Krylov(solver.operator, solver.response(perturbation))
         self.norm = run.start_norm
-        self.krylov = extend_krylov(run, dampings, tol=solver.tol, max_products=solver.max_products)
+        needed = extend_krylov(run, dampings, tol=solver.tol, max_products=solver.max_products)
+        # As long as these dampings need, and no longer: other calls may have continued the run, or will.
+        self.krylov = run.after(max(needed, self.bracket.iterations) if own else needed)
         # Damping 0 is read from the run the others needed: certified lower bounds, rarely a converged solution.
         (undamped,) = krylov_solve(self.krylov, [0.0], tol=solver.tol)
         self.bounds = undamped.lower_bounds

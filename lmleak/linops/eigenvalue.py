@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmleak.errors import ConfigError
 from lmleak.linops.base import LinearOperator
-from lmleak.linops.lanczos import Krylov, random_start, refuse_negative_curvature
+from lmleak.linops.lanczos import Krylov, check_products, random_start, refuse_negative_curvature
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def _check(failure_probability: float, tol: float, max_products: int) -> None:
         raise ConfigError(f"failure_probability must lie in (0, 1), got {failure_probability}. The default is 1e-3.")
     if not tol > 0:
         raise ConfigError(f"tol must be positive, got {tol}.")
-    if max_products < 1:
-        raise ConfigError(f"max_products must be at least 1, got {max_products}.")
+    check_products(max_products)
 
 
 def _bracket(

@@ -7,6 +7,8 @@ the CPU in float64.
 
 import math
 from collections.abc import Callable
+from copy import copy
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -34,7 +36,6 @@ class Krylov:
     Attributes:
         operator: A.
         start_norm: ||b||.
-        scale: Largest ||A v_j|| seen: a lower estimate of lambda_max that sets what counts as rounding.
         exhausted: The space is invariant under A: a further product would bring nothing.
 
     Raises:
@@ -56,7 +57,7 @@ class Krylov:
             raise DataError(
                 "the start vector holds NaN or Inf (or its norm overflows); a Krylov space needs finite numbers."
             )
-        self.scale = 0.0
+        self._scales: list[float] = []
         self.exhausted = self.start_norm == 0
         self._alpha: list[float] = []
         self._beta: list[float] = []  # beta_1..beta_k; the last one leads out of the space
@@ -68,6 +69,11 @@ class Krylov:
     def dimension(self) -> int:
         """k: products spent and vectors in the basis."""
         return len(self._alpha)
+
+    @property
+    def scale(self) -> float:
+        """Largest ||A v_j|| seen: a lower estimate of lambda_max that sets what counts as rounding."""
+        return self._scales[-1] if self._scales else 0.0
 
     @property
     def basis(self) -> Tensor:
@@ -118,6 +124,17 @@ class Krylov:
                 break
         return self
 
+    def after(self, products: int) -> "Krylov":
+        """Return the run as it was after that many products; it does not follow when this one is continued."""
+        if products > self.dimension:
+            raise ConfigError(f"the run has {self.dimension} products, not {products}")
+        earlier = copy(self)
+        earlier.exhausted = self.exhausted and products == self.dimension
+        earlier._alpha, earlier._beta = self._alpha[:products], self._beta[:products]
+        earlier._scales = self._scales[:products]
+        earlier._rows = self._rows[: products + (not earlier.exhausted)]  # to grow, it takes memory of its own
+        return earlier
+
     def take(self, product: Tensor) -> None:
         """Continue by one product that the caller made: A times ``next_vector``, (n,). Raises as ``extend`` does."""
         k = self.dimension + 1
@@ -150,7 +167,7 @@ class Krylov:
                 "Check the model and the loss at this input, or scale the problem.",
                 math.nan,
             )
-        self.scale = max(self.scale, length)
+        self._scales.append(max(self.scale, length))
         refuse_negative_curvature(inner[-1], self.operator, self.scale)
         gap = abs(inner[0] - self._beta[-1]) if k > 1 else 0.0  # v_{k-1}^T A v_k against v_k^T A v_{k-1}
         if gap > torch.finfo(self.operator.dtype).eps ** 0.5 * self.scale:
@@ -178,11 +195,9 @@ class Krylov:
         """Eigenvalues (k,) of T, ascending, and its eigenvectors (k, k) in columns."""
         return eigh_tridiagonal(self.alpha, self.beta)
 
-    def smallest_ritz_value(self, k: int | None = None) -> float:
-        """Smallest eigenvalue of T, or of what it was after k products, without the others."""
-        k = self.dimension if k is None else k
-        alpha, beta = self.alpha[:k], self.beta[: k - 1]
-        return float(eigvalsh_tridiagonal(alpha, beta, select="i", select_range=(0, 0))[0])
+    def smallest_ritz_value(self) -> float:
+        """Smallest eigenvalue of T, without the others."""
+        return float(eigvalsh_tridiagonal(self.alpha, self.beta, select="i", select_range=(0, 0))[0])
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Return V^T y for y (j,) or (j, s) with j <= k: (n,) or (n, s), on the device, in the operator's dtype."""
@@ -201,7 +216,8 @@ def lanczos(
 
     ConvergenceError where a product is not finite, or A shows itself not symmetric or not positive semidefinite;
     DataError where the start is not finite. Breakdown is an answer, not a failure: with an operator of rank r and a
-    start in its range the run ends exhausted after at most r products, and what is read from it is exact.
+    start in its range the run ends exhausted after at most r products, and what is read from it is exact. ConfigError
+    where the operator is not tagged, ``start`` does not fit or ``max_products`` is no whole number from one on.
 
     Args:
         operator: A, tagged positive semidefinite.
@@ -211,13 +227,22 @@ def lanczos(
 
     Returns:
         The run, of dimension at most min(max_products, n).
+    """
+    check_products(max_products)
+    return Krylov(operator, start).extend(max_products, stop)
+
+
+def check_products(count: int) -> None:
+    """Refuse what is no number of products to allow.
+
+    Args:
+        count: ``max_products`` of a solver.
 
     Raises:
-        ConfigError: If the operator is not tagged, ``start`` does not fit or ``max_products`` is below one.
+        ConfigError: If it is no whole number, or below one.
     """
-    if max_products < 1:
-        raise ConfigError(f"max_products must be at least 1, got {max_products}.")
-    return Krylov(operator, start).extend(max_products, stop)
+    if not isinstance(count, Integral) or count < 1:
+        raise ConfigError(f"max_products must be a whole number, at least 1, got {count!r}.")
 
 
 def solve_tridiagonal(alpha: np.ndarray, beta: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -64,10 +64,12 @@ def multishift_krylov(
     Returns:
         The Krylov run started at b. Errors as in ``multishift_cg``.
     """
-    return extend_krylov(Krylov(operator, b), dampings, tol=tol, max_products=max_products)
+    krylov = Krylov(operator, b)
+    extend_krylov(krylov, dampings, tol=tol, max_products=max_products)
+    return krylov
 
 
-def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, max_products: int = 500) -> Krylov:
+def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, max_products: int = 500) -> int:
     """Continue a run until it is long enough for these dampings.
 
     Args:
@@ -77,25 +79,27 @@ def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-
         max_products: Most products of the run, those already spent included.
 
     Returns:
-        The run itself. Errors as in ``multishift_cg``.
+        After how many products it was long enough, or its dimension if it is not. Errors as in ``multishift_cg``.
     """
     unfinished = [_IterateNorms(shift) for shift in checked_settings(dampings, tol, max_products)]
 
-    def solved_by(k: int) -> bool:
-        smallest = krylov.smallest_ritz_value(k)
-        refuse_negative_curvature(smallest, krylov.operator, krylov.scale)
-        alpha, betas = krylov.alpha[k - 1], np.append(krylov.beta, krylov.beta_last)
-        for run in list(unfinished):
-            resolved = smallest + run.damping >= _floor(krylov)
+    def solved(run: Krylov) -> bool:
+        smallest = run.smallest_ritz_value()
+        refuse_negative_curvature(smallest, run.operator, run.scale)
+        alpha, beta_before = run.alpha[-1], (run.beta[-1] if run.dimension > 1 else 0.0)
+        for norms in list(unfinished):
+            resolved = smallest + norms.damping >= _floor(run)
             if resolved:
-                run.step(alpha, betas[k - 2] if k > 1 else 0.0)
-            if not resolved or betas[k - 1] * abs(run.last_component) <= tol:
-                unfinished.remove(run)
+                norms.step(alpha, beta_before)
+            if not resolved or run.beta_last * abs(norms.last_component) <= tol:
+                unfinished.remove(norms)
         return not unfinished
 
-    if not any(solved_by(k) for k in range(1, krylov.dimension + 1)):
-        krylov.extend(max_products - krylov.dimension, lambda run: solved_by(run.dimension))
-    return krylov
+    for products in range(1, min(krylov.dimension, max_products) + 1):
+        if solved(krylov.after(products)):
+            return products
+    krylov.extend(max_products - krylov.dimension, solved)
+    return min(krylov.dimension, max_products)
 
 
 def krylov_solve(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6) -> list[SolveResult]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmleak.errors import ConfigError, ConvergenceError, DataError
 from lmleak.linops.base import LinearOperator, require_positive_semidefinite
-from lmleak.linops.lanczos import refuse_negative_curvature
+from lmleak.linops.lanczos import check_products, refuse_negative_curvature
 
 # An eigenvalue of A + damping I below this many roundings of ||A|| cannot be told from zero in the vectors' dtype: the
 # norms would follow rounding noise, so they stop there. At the edge noise moves a norm by 1/32 at most.
@@ -159,8 +159,7 @@ def checked_settings(dampings: Sequence[float], tol: float, max_products: int) -
         raise ConfigError(f"dampings must be one or more finite numbers >= 0, got {shifts}.")
     if not tol > 0:
         raise ConfigError(f"tol must be positive, got {tol}. A relative residual of 1e-6 is the default.")
-    if max_products < 1:
-        raise ConfigError(f"max_products must be at least 1, got {max_products}.")
+    check_products(max_products)
     return shifts
 
 

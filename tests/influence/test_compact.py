@@ -83,6 +83,7 @@ def test_several_products_at_once():
     torch.testing.assert_close(batched, torch.stack([product(v) for v in vectors]), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
 def test_other_losses_and_activations_stay_torch_s_own():
     inplace = nn.SiLU(inplace=True)
     with compact_functions(inplace):
@@ -92,7 +93,8 @@ def test_other_losses_and_activations_stay_torch_s_own():
     with compact_functions(network):
         assert "Tanh" in network(x).grad_fn.next_functions[1][0].name()
         logits = network(x)
-        for settings in ({"weight": torch.ones(4).double()}, {"label_smoothing": 0.1}, {"reduction": "none"}):
+        other = ({"weight": torch.ones(4).double()}, {"label_smoothing": 0.1}, {"reduction": "none"}, {"reduce": True})
+        for settings in other:
             value = F.cross_entropy(logits, targets, **settings)
             assert "CrossEntropyBackward" not in str(value.grad_fn)
         soft = F.cross_entropy(logits, logits.softmax(-1).detach())

@@ -93,13 +93,79 @@ class HalfRMSNorm(LlamaRMSNorm):
         return super().forward(x) * (torch.arange(x.shape[-1]) % 2)
 
 
-@pytest.mark.parametrize("make", [Doubled, HalfRMSNorm, lambda size: nn.LayerNorm((3, size)), nn.BatchNorm1d])
+class DetachedRMSNorm(LlamaRMSNorm):
+    """An RMSNorm whose scale passes no derivative on."""
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt().detach()
+
+
+class OutsideRMSNorm(LlamaRMSNorm):
+    """Adds epsilon to the root."""
+
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class SquaredRMSNorm(LlamaRMSNorm):
+    """Weights all one, which their squares are too."""
+
+    def forward(self, x):
+        return super().forward(x) * self.weight
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    """Gated by a layer that is zero."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        with torch.random.fork_rng():
+            self.gate = nn.Linear(size, size)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.gate(x))
+
+
+def replaced(size):
+    norm = nn.LayerNorm(size)
+    norm.forward = lambda x: nn.LayerNorm.forward(norm, x).detach() + 0 * x
+    return norm
+
+
+LOOKALIKES = [DetachedRMSNorm, OutsideRMSNorm, SquaredRMSNorm, GatedRMSNorm, replaced]
+
+
+@pytest.mark.parametrize(
+    "make", [Doubled, HalfRMSNorm, *LOOKALIKES, lambda size: nn.LayerNorm((3, size)), nn.BatchNorm1d]
+)
 def test_what_is_no_plain_norm_of_the_last_axis_runs_as_it_is(make):
     norm = make(7).double().eval()
     x = double(2, 3, 7).transpose(1, 2) if isinstance(norm, nn.BatchNorm1d) else double(2, 3, 7)
     expected = norm(x)
     with compact_norms(norm) as found:
         assert torch.equal(norm(x.requires_grad_()), expected)
+    assert not found
+
+
+def test_a_norm_that_is_told_more_than_its_input_runs_as_it_is():
+    class ScaledRMSNorm(LlamaRMSNorm):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    norm, x = ScaledRMSNorm(7).double(), double(2, 7).requires_grad_()
+    with KeepDouble(), compact_norms(norm) as found:
+        norm(x, scale=1.0)
+        assert not found
+        norm(x)
+        assert found
+
+
+def test_epsilon_beside_the_root_is_told_apart_in_float32():
+    norm = OutsideRMSNorm(7, eps=1e-4)
+    with compact_norms(norm) as found:
+        norm(double(2, 7).float().requires_grad_())
     assert not found
 
 

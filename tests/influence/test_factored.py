@@ -1,6 +1,7 @@
 """Products through token-sized factors: every kind of layer, what goes by double backward, what is allocated."""
 
 import weakref
+from types import MethodType
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def wide_gpt2(length=6):
 FUSED_MAP = 3 * 64 * 64  # numbers in the map of Q, K and V: fewer have only the square ones
 
 
+def test_a_tied_table_adds_nothing_of_its_size():
+    """30 tokens of width 64: twice their logits is nearly the table, and with one more factor more than it."""
+    adapter, batch = wide_gpt2(length=30)
+    jacobian = GradientJacobian(adapter, batch, shared="all")
+    v = randn(*jacobian.x.shape, dtype=torch.float32)
+    with LargestNewTensor() as watch:
+        jacobian.gram(v)
+    assert watch.numbers <= 30 * 1000 < adapter.parameters()["transformer.wte.weight"].numel()
+    assert jacobian._products.factors["transformer.wte.weight"].by_tokens
+
+
 @pytest.mark.parametrize("shared", ["no-word-embeddings", "all"])
 @pytest.mark.parametrize("way", ["by tokens", "by weights", "autodiff"])
 def test_no_tensor_of_a_weights_size_is_allocated(way, shared, monkeypatch):
@@ -187,6 +199,77 @@ def test_a_weight_that_is_used_more_than_once(by_tokens, monkeypatch):
     with LargestNewTensor() as watch:
         fast.gram(v)
     assert (watch.numbers < 48 * 48) == by_tokens
+
+
+class PerToken(nn.Module):
+    """A gain per token, of as many tokens as a token has coordinates."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x * self.weight[:, None]
+
+
+class ByName(nn.Module):
+    """A module that is called Conv1D and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6, 6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return torch.tanh(x) @ self.weight.T * 2 + self.bias
+
+
+ByName.__name__ = "Conv1D"
+
+
+class Gain(nn.Module):
+    """x f(w): at the weights it has, f(w) = w."""
+
+    def __init__(self, f, start):
+        super().__init__()
+        self.f, self.weight = f, nn.Parameter(torch.full((6,), start))
+
+    def forward(self, x):
+        return x * self.f(self.weight)
+
+
+def replaced_linear():
+    layer = nn.Linear(6, 6)
+    layer.forward = MethodType(lambda layer, x: nn.functional.linear(x, 2 * layer.weight, layer.bias), layer)
+    return layer
+
+
+LOOKALIKES = {
+    "group norm": lambda: nn.GroupNorm(2, 6), "instance norm": lambda: nn.InstanceNorm2d(6, affine=True),
+    "prelu": lambda: nn.PReLU(6), "per token": PerToken, "conv1d by name": ByName, "linear": replaced_linear,
+    "square": lambda: Gain(torch.square, 1.0), "exponential": lambda: Gain(torch.exp, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_what_looks_like_a_known_layer_at_these_weights_goes_by_double_backward(name):
+    """Channels as many as the last axis is long, weights all equal, as at initialisation."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer, self.head = nn.Conv2d(3, 6, 3), LOOKALIKES[name](), nn.Linear(216, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.layer(self.stem(x))).flatten(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = adapt(Network().double().eval(), task="image-classification")
+    batch = adapter.batch(randn(2, 3, 8, 8), [0, 1])
+    fast, reference = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff"))
+    assert "layer.weight" in fast.by_autodiff
+    v = randn(*fast.x.shape)
+    assert relative(fast.gram(v), reference.gram(v)) < 1e-10
 
 
 def test_tokens_or_weights_whatever_is_cheaper():

@@ -1,5 +1,6 @@
 """I2F and its bounds against dense algebra; sweeps; what is refused."""
 
+import dataclasses
 import itertools
 import math
 
@@ -172,14 +173,28 @@ class TestSweep:
         adapter, batch = make("gpt2", size=1)
         solver = InfluenceSolver(GradientJacobian(adapter, batch), adapter.prior(), seed=4)
         response = solver.respond(solver.noise())
-        assert response.krylov is solver.noise_run
         assert solver.operator.products == response.krylov.dimension == response.products
         assert 0 < solver.lambda_max.iterations < response.krylov.dimension
         held = solver.respond(dict(solver.noise()))  # the same noise, of which the solver cannot know that it is
-        assert held.krylov is not solver.noise_run
+        assert solver.operator.products == 2 * response.products
+        assert held.products == response.products + solver.lambda_max.iterations
         assert torch.equal(held.krylov.basis, response.krylov.basis)
-        other = InfluenceSolver(solver.jacobian, adapter.prior(), seed=5).noise()
-        assert solver.respond(other).krylov is not solver.noise_run
+        other = solver.respond(InfluenceSolver(solver.jacobian, adapter.prior(), seed=5).noise())
+        assert not torch.equal(other.krylov.basis[0], response.krylov.basis[0])
+
+    def test_the_order_of_calls_changes_no_number(self):
+        adapter, batch = make("gpt2", size=1)
+        jacobian = GradientJacobian(adapter, batch)
+        one, other = (InfluenceSolver(jacobian, adapter.prior()) for _ in range(2))
+        top = one.lambda_max.value
+        loose = one.respond(one.noise(), [1e-2 * top])
+        before = loose.influence(1e-2 * top)
+        one.respond(one.noise(), [1e-6 * top])  # continues the run that both read
+        other.respond(other.noise(), [1e-6 * top])
+        after = other.respond(other.noise(), [1e-2 * top])
+        for again in (loose.influence(1e-2 * top), after.influence(1e-2 * top)):
+            assert torch.equal(again.error, before.error)
+            assert dataclasses.replace(again, error=before.error) == before
 
     def test_more_perturbations_share_the_eigenvalue(self, problems):
         adapter, batch = make("bert", size=1)

@@ -288,14 +288,14 @@ def test_a_run_goes_on_where_the_bracket_left_it(operator_with_spectrum):
     run, dampings = Krylov(operator, start), [1e-4, 1e-2]
     bracket = top_eigenvalue_from_image(run, tol=0.05)
     assert 0 < bracket.iterations == run.dimension < 60
-    assert extend_krylov(run, dampings, tol=1e-5) is run
+    needed = extend_krylov(run, dampings, tol=1e-5)
     alone = multishift_krylov(operator, start, dampings, tol=1e-5)
-    assert run.dimension == alone.dimension > bracket.iterations
+    assert needed == run.dimension == alone.dimension > bracket.iterations
     for got, expected in zip(*(krylov_solve(k, dampings, tol=1e-5) for k in (run, alone)), strict=True):
         assert torch.equal(got.solution, expected.solution)
         assert got.converged
-    extend_krylov(run, [1e-1], tol=1e-5)  # long enough already
-    assert top_eigenvalue_from_image(run, tol=0.05).iterations == alone.dimension
+    less = extend_krylov(run, [1e-1], tol=1e-5)  # long enough already
+    assert less == multishift_krylov(operator, start, [1e-1], tol=1e-5).dimension < run.dimension
     extend_krylov(run, [0.0], tol=1e-12, max_products=alone.dimension + 2)
     assert run.dimension == alone.dimension + 2
 
@@ -306,3 +306,19 @@ def test_an_image_that_is_zero_is_a_zero_operator():
     assert (result.value, result.upper, result.converged, result.iterations) == (0.0, 0.0, True, 0)
     with pytest.raises(ConfigError, match="failure_probability"):
         top_eigenvalue_from_image(Krylov(zero, torch.zeros(5, dtype=torch.float64)), failure_probability=2)
+
+
+def test_a_run_as_it_was_before(operator_with_spectrum, vector):
+    operator = operator_with_spectrum(torch.logspace(-4, 0, 60))
+    run, short = (lanczos(operator, vector(60), max_products=k) for k in (20, 8))
+    earlier = run.after(8)
+    assert (earlier.dimension, earlier.beta_last, earlier.scale) == (8, short.beta_last, short.scale)
+    assert torch.equal(earlier.basis, short.basis)
+    kept = run.basis.clone()
+    earlier.extend(4)  # on its own: the longer run keeps its numbers
+    assert torch.equal(earlier.basis, kept[:12])
+    assert torch.equal(run.basis, kept)
+    assert run.after(20).dimension == 20
+    assert run.after(0).dimension == 0
+    with pytest.raises(ConfigError, match="20 products, not 21"):
+        run.after(21)

@@ -8,7 +8,8 @@ import pytest
 
 from lmleak.config import parse_config
 from lmleak.errors import ConfigError
-from tests.launching import ROOT, free_port
+from lmleak.evaluation.run import REFUSED
+from tests.launching import ROOT
 
 CONFIGS = sorted((ROOT / "configs" / "scaling_study").glob("*.yaml"))
 
@@ -125,13 +126,9 @@ WORK = ["--samples", "4", "--steps", "10", "--max-length", "5", "--device", "cpu
 def test_two_processes_race_and_agree_bit_for_bit(throughput, tmp_path, monkeypatch):
     """Of one process the results are there already, as of an interrupted race: two are launched."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    hardware = tmp_path / "cpu2.yaml"
-    hardware.write_text(
-        (ROOT / "configs/accelerate/cpu2.yaml").read_text() + f"main_process_port: {free_port()}\n"
-    )  # fmt: skip
     alone = tmp_path / "examples" / "strong-1-0"
     assert importlib.import_module("scaling_worker").main([*WORK, "--output", str(alone)]) == 0
-    race = ["--scaling", "strong", "--repeats", "1", "--hardware", str(hardware), "--output", str(tmp_path)]
+    race = ["--scaling", "strong", "--repeats", "1", "--output", str(tmp_path)]
     assert throughput.main([*WORK, *race]) == 0
     lines = (tmp_path / "throughput-examples.csv").read_text().splitlines()
     entries = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
@@ -139,6 +136,20 @@ def test_two_processes_race_and_agree_bit_for_bit(throughput, tmp_path, monkeypa
     assert all(entry["identical"] == "True" and float(entry["rate"]) > 0 for entry in entries)
     times = json.loads((tmp_path / "examples" / "strong-2-0" / "timing.json").read_text())
     assert all(process["done"] for process in times)  # both really worked
+    assert throughput.main([*WORK, *race, "--seed", "9"]) == REFUSED  # what is there was measured at another seed
+
+
+@pytest.mark.parametrize("split", ["examples", "probes"])
+def test_a_folder_of_other_settings_is_refused(tmp_path, split, capsys):
+    worker = importlib.import_module("scaling_worker")
+    arguments = [*WORK, "--samples", "2", "--split", split, "--output", str(tmp_path / "out")]
+    assert worker.main(arguments) == 0
+    kept = (tmp_path / "out" / "results.jsonl").read_text()
+    for other in (["--seed", "7"], ["--steps", "5"], ["--max-length", "4"]):
+        assert worker.main([*arguments, *other]) == REFUSED
+        assert "different configuration" in capsys.readouterr().err
+    assert worker.main([*arguments, "--threads", "1"]) == 0
+    assert (tmp_path / "out" / "results.jsonl").read_text() == kept
 
 
 @pytest.mark.parametrize(
