@@ -32,6 +32,7 @@ from rich.console import Console
 
 from benchmarks.cases import ROOT, markdown, run_cases, shown, table
 from benchmarks.influence_measures import clock, report
+from lmleak.adapters.load import REFERENCE_MODELS
 
 __all__ = ["clock", "report"]
 
@@ -72,7 +73,7 @@ def main() -> None:
     """Run every case in a subprocess, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", help="shape files, names in configs/models, or names for load_adapter")
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens per text")
+    parser.add_argument("--lengths", nargs="+", type=length, help="tokens per text")
     parser.add_argument("--pieces", nargs="+", choices=PIECES, help="what is measured")
     parser.add_argument("--all", action="store_true", help="all shapes, lengths and pieces that are not chosen")
     parser.add_argument("--fit", action="store_true", help="sweep length, layers, width and batch, and fit slopes")
@@ -131,9 +132,28 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
 
 
 def shape_source(name: str) -> str:
-    """Return the name of a shape as ``load_adapter`` reads it."""
+    """Return the name of a shape as ``load_adapter`` reads it.
+
+    Args:
+        name: Of an embedded model, a shape in configs/models, or a path.
+
+    Raises:
+        SystemExit: If there is none of that name.
+    """
     known = ROOT / "configs" / "models" / f"{name}.yaml"
-    return str(known.relative_to(ROOT)) if known.exists() else name
+    if known.exists():
+        return str(known.relative_to(ROOT))
+    if name not in REFERENCE_MODELS and not Path(name).exists():
+        shapes = sorted(path.stem for path in known.parent.glob("*.yaml"))
+        raise SystemExit(f"no shape {name!r}; there are {', '.join([*REFERENCE_MODELS, *shapes])}, and paths")
+    return name
+
+
+def length(text: str) -> int:
+    """Return a number of tokens of the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of tokens from 1 on, got {text}")
+    return int(text)
 
 
 def by_shape_and_length(rows: list[dict]) -> list[dict]:

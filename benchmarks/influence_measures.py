@@ -43,10 +43,15 @@ def measure(
         batch: Texts per gradient.
         layers: Number of layers instead of the shape's.
         width: Hidden size instead of the shape's.
+
+    Raises:
+        SystemExit: If the shape is no language model.
     """
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     adapter = load(shape, layers, width, device)
+    if adapter.task == "image-classification":
+        raise SystemExit(f"{shape} classifies images; these benchmarks are of language models")
     parameters = sum(p.numel() for p in adapter.parameters().values())
     common = {
         "shape": Path(shape).stem, "device": device, "threads": threads, "batch": batch, "layers": layers,

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmleak.adapters.base import ModelAdapter
 from lmleak.errors import ConfigError, DataError, UnsupportedCombinationError
@@ -168,7 +169,12 @@ class GradientJacobian(InputJacobian):
                 "what its layers give; write implementation='autodiff'"
             )
         self.implementation = implementation
-        self._loss = lambda theta, x: adapter.shared_loss(batch, x, theta, selection)
+
+        def loss(theta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+                return adapter.shared_loss(batch, x, theta, selection)
+
+        self._loss = loss
         self._model = adapter.model
         self._products: Products = products_class(self._loss, self.theta, self.x, adapter.model)
         self.block_size = self._products.block_size

@@ -272,6 +272,26 @@ def test_what_looks_like_a_known_layer_at_these_weights_goes_by_double_backward(
     assert relative(fast.gram(v), reference.gram(v)) < 1e-10
 
 
+class Attention(nn.Module):
+    """torch's own attention, which takes fused kernels unless told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.flatten(1, 2)).mean(1))
+
+
+def test_torch_s_own_attention():
+    adapter, batch = image_problem(Attention)
+    fast, dense = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "dense"))
+    assert "layer.self_attn.in_proj_weight" in fast.by_autodiff
+    assert "layer.linear1.weight" not in fast.by_autodiff
+    v = randn(*fast.x.shape)
+    assert relative(fast.gram(v), dense.gram(v)) < 1e-10
+
+
 def test_tokens_or_weights_whatever_is_cheaper():
     assert LinearFactor(randn(6, 64), randn(6, 256)).by_tokens
     assert not LinearFactor(randn(600, 64), randn(600, 256)).by_tokens
