@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.descent_solve import fixed_step_descent, measure, problem
+from benchmarks.reference import ParameterSpace
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
 
 
@@ -14,7 +15,7 @@ def test_the_descent_is_the_damped_solve_where_it_converges():
     adapter, batch = problem(1.0, 1, torch.float32)
     jacobian = GradientJacobian(adapter, batch, shared="all")
     delta = InfluenceSolver(jacobian, adapter.prior()).noise()
-    b, residual, steps = fixed_step_descent(jacobian, delta, 10.0, seed=0)
+    b, residual, steps = fixed_step_descent(ParameterSpace(adapter, batch), jacobian.matvec(delta), 10.0, seed=0)
     expected = eigen_directions(jacobian).influence(delta, damping=10.0)
     assert steps < 300
     assert residual < 1e-4
