@@ -113,7 +113,7 @@ def compact_norms(model: nn.Module):
         if len(arguments) != 1 or keywords or not (arguments[0].requires_grad and torch.is_grad_enabled()):
             return None
         written = _written(module, arguments[0])
-        if written is None:
+        if written is None or not _close(written[0], output, 64 * torch.finfo(output.dtype).eps):
             return None
         found[id(written[0])] = written
         return written[0]
@@ -168,11 +168,14 @@ def _affine(u: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_affine(module: nn.Module, x: Tensor, shift: int) -> bool:
-    """Return whether value and derivative are those of u (w + shift) + b, at random x, w and b."""
+    """Return whether value and derivatives are those of u (w + shift) + b, at random x, w and b."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     probe = copy(module)
-    probe.__dict__["_parameters"] = {n: p if p is None else 1 + draw(p) / 4 for n, p in module._parameters.items()}
+    drawn = {n: (1 + draw(p) / 4).requires_grad_() for n, p in module._parameters.items() if p is not None}
+    probe.__dict__["_parameters"] = dict.fromkeys(module._parameters) | drawn
+    if probe.weight is not drawn["weight"] or module.weight is not module._parameters["weight"]:
+        return False  # a property stands before it
     scales = 10 ** (2 * torch.rand(x.shape[:-1], generator=generator, dtype=torch.float64) - 1)
     point, along = (draw(x) * scales[..., None].to(x)).requires_grad_(), draw(x)
     expected = _affine(_normalised(probe, point), probe.weight + shift, probe._parameters.get("bias"))
@@ -180,8 +183,9 @@ def _is_affine(module: nn.Module, x: Tensor, shift: int) -> bool:
     returned = type(module).forward(probe, point)  # without the module's hooks
     if returned.shape != expected.shape or not _close(returned, expected, 64 * eps):
         return False
-    slopes = [torch.autograd.grad(y, point, along, allow_unused=True)[0] for y in (returned, expected)]
-    return slopes[0] is not None and _close(*slopes, 1e3 * eps)
+    leaves = [point, *drawn.values()]
+    slopes = [torch.autograd.grad(y, leaves, along, allow_unused=True) for y in (returned, expected)]
+    return all(a is not None and _close(a, b, 1e3 * eps) for a, b in zip(*slopes, strict=True))
 
 
 def _close(a: Tensor, b: Tensor, tol: float) -> bool:

@@ -54,8 +54,8 @@ class Call:
 
     @property
     def intact(self) -> bool:
-        """Whether neither tensor was changed in place since."""
-        return (self.x._version, self.y._version) == self.versions
+        """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
+        return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
 
 
 class FactoredProducts(Products):
@@ -214,9 +214,12 @@ def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
 
     def record(module, own):
         def hook(module, arguments, keywords, output):
-            inputs = [t for t in (*arguments, *keywords.values()) if isinstance(t, Tensor)]
-            if len(inputs) == 1 and isinstance(output, Tensor):
-                calls.append(Call(module, own, inputs[0], output, (inputs[0]._version, output._version)))
+            inputs = [value for value in (*arguments, *keywords.values()) if value is not None]
+            if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                return
+            # Not where the module was lent other weights for this call, or a property stands before them.
+            used = {key: name for key, name in own.items() if getattr(module, key) is theta[name]}
+            calls.append(Call(module, used, inputs[0], output, (inputs[0]._version, output._version)))
 
         return hook
 
@@ -262,12 +265,14 @@ def _kinds(call: Call) -> dict[str, Maker]:
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
             "bias": lambda call, g: SumFactor(g, axis=-1),
         }
-    if forward in [kind.forward for kind in CONVOLUTIONS] and call.x.dim() == module.weight.dim():
+    plain = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
+    if (forward, getattr(type(module), "_conv_forward", None)) in plain and call.x.dim() == module.weight.dim():
         return {
             "weight": lambda call, g: convolution_factor(module, call.x, g),
             "bias": lambda call, g: SumFactor(g, axis=1),
         }
-    if forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
+    plain_lookup = forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq
+    if plain_lookup and (module.padding_idx is None or module.padding_idx >= 0):
         return {
             "weight": lambda call, g: RowFactor(call.x, g, padding=module.padding_idx, count=module.num_embeddings)
         }
@@ -301,13 +306,25 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
         at_zero = at_zero.detach()
     u = run(ones) - at_zero
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
+    others = [i for i in range(u.dim()) if i != axis % u.dim()]
+    close = lambda a, b, tol: bool((a - b).norm() <= tol * torch.finfo(u.dtype).eps * b.norm())
+    with torch.no_grad():  # the output was that of this module alone, without hooks or settings of the call
+        written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))
+        if not close(written, call.y, 1e3):
+            return {}
     generator = torch.Generator().manual_seed(0)
-    drawn = {n: torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for n, z in zeros.items()}
-    with torch.no_grad():
-        returned = run(drawn)
-        written = at_zero + u * drawn["weight"].view(along) + (drawn["bias"].view(along) if "bias" in drawn else 0)
-        if not (written - returned).norm() <= 1e2 * torch.finfo(u.dtype).eps * returned.norm():
-            return {}  # a module that only looks like a norm; double backward serves
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    drawn = {n: draw(z).requires_grad_() for n, z in zeros.items()}
+    returned, cotangent = run(drawn), draw(u)
+    written = at_zero + u * drawn["weight"].view(along) + (drawn["bias"].view(along) if "bias" in drawn else 0)
+    slope = torch.autograd.grad(returned, drawn["weight"], cotangent, retain_graph=True, allow_unused=True)[0]
+    expected = (u * cotangent).sum(others) if others else u * cotangent
+    if (
+        slope is None
+        or not close(returned.detach(), written.detach(), 1e2)
+        or not close(slope, expected.detach(), 1e3)
+    ):
+        return {}  # a module that only looks like a norm; double backward serves
     return _scaled(u, axis)
 
 

@@ -146,7 +146,7 @@ class ScaleFactor(Factor):
     def tangent(self, primes):
         """Return sum (G' U + G U')."""
         u, g = self.values
-        return (primes[1] * u + g * primes[0]).sum(self.others)
+        return _summed(primes[1] * u + g * primes[0], self.others)
 
     def cotangent(self, theta):
         """Return G w' and U w'."""
@@ -170,7 +170,7 @@ class SumFactor(Factor):
 
     def tangent(self, primes):
         """Return sum G'."""
-        return primes[0].sum(self.others)
+        return _summed(primes[0], self.others)
 
     def cotangent(self, theta):
         """Return b' at every token."""
@@ -298,6 +298,11 @@ class TotalFactor(Factor):
 def rows(tensor: Tensor) -> Tensor:
     """Return (..., d) as (n, d)."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _summed(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return the sum over some axes, none included; torch takes none for all."""
+    return tensor.sum(axes) if axes else tensor
 
 
 def positions_are_cheaper(n: int, d_in: int, d_out: int) -> bool:
