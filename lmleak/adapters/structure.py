@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -232,7 +231,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def replaced_forward(module: nn.Module) -> bool:
     """Return whether somebody put another ``forward`` on this very module; accelerate's placement does no harm."""
-    return "forward" in vars(module) and type(getattr(module, "_hf_hook", None)) is not AlignDevicesHook
+    return "forward" in vars(module) and type(getattr(module, "_hf_hook", None)).__name__ != "AlignDevicesHook"
 
 
 def weight_rows(module: nn.Module, gradient: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""Which modules ran in a loss, and what the gradients of their parameters are made of.
+
+A factor is only given for what a module alone made of its own weights: checked by the function that ran, by values and
+by derivatives, never by names. Everything else is left to double backward.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lmleak.adapters.precision import KeepDouble
+from lmleak.adapters.structure import is_linear, replaced_forward
+from lmleak.influence.convolutions import CONVOLUTIONS, convolution_factor
+from lmleak.influence.factors import Factor, LinearFactor, RowFactor, ScaleFactor, SumFactor
+
+
+@dataclass
+class Call:
+    """One run of a module that owns shared parameters."""
+
+    module: nn.Module
+    names: dict[str, str]
+    """Name in the model of each of the module's own parameters."""
+    x: Tensor
+    y: Tensor
+    versions: tuple[int, int]
+    """Of x and y when they were seen; what is changed in place later is no factor."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
+        return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
+
+
+@contextmanager
+def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
+    """Record every run of a module that owns some of theta."""
+    names = {id(p): n for n, p in model.named_parameters() if n in theta}
+
+    def record(module, own):
+        def hook(module, arguments, keywords, output):
+            inputs = [value for value in (*arguments, *keywords.values()) if value is not None]
+            if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                return
+            # Not where the module was lent other weights for this call, or a property stands before them.
+            used = {key: name for key, name in own.items() if getattr(module, key) is theta[name]}
+            calls.append(Call(module, used, inputs[0], output, (inputs[0]._version, output._version)))
+
+        return hook
+
+    handles = []
+    for module in model.modules():
+        own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
+        if own:
+            # Before other hooks, which may replace what the module returned.
+            handles.append(module.register_forward_hook(record(module, own), with_kwargs=True, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Maker = Callable[[Call, Tensor], Factor]
+
+
+def makers_of(
+    calls: list[Call], normalised: Mapping[int, tuple[Tensor, Tensor]]
+) -> dict[str, list[tuple[Call, Maker]]]:
+    """Return per parameter its uses of a known kind, and how each becomes a factor."""
+    found: dict[str, list[tuple[Call, Maker]]] = {}
+    for call in calls:
+        if id(call.y) in normalised and call.intact:
+            kinds = _scaled(normalised[id(call.y)][1], axis=-1)
+        else:
+            kinds = _kinds(call) if call.intact else {}
+        for key, name in call.names.items():
+            if key in kinds:
+                found.setdefault(name, []).append((call, kinds[key]))
+    return found
+
+
+def _kinds(call: Call) -> dict[str, Maker]:
+    """Return how the parameters of a module become factors, by their names in the module."""
+    module = call.module
+    forward = type(module).forward
+    if replaced_forward(module):
+        return {}
+    if is_linear(module) and forward in (nn.Linear.forward, Conv1D.forward):
+        transposed = not isinstance(module, nn.Linear)
+        return {
+            "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
+            "bias": lambda call, g: SumFactor(g, axis=-1),
+        }
+    plain = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
+    if (forward, getattr(type(module), "_conv_forward", None)) in plain and call.x.dim() == module.weight.dim():
+        return {
+            "weight": lambda call, g: convolution_factor(module, call.x, g),
+            "bias": lambda call, g: SumFactor(g, axis=1),
+        }
+    plain_lookup = forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq
+    if plain_lookup and (module.padding_idx is None or module.padding_idx >= 0):
+        return {
+            "weight": lambda call, g: RowFactor(call.x, g, padding=module.padding_idx, count=module.num_embeddings)
+        }
+    return _norm_kinds(call)
+
+
+def _norm_kinds(call: Call) -> dict[str, Maker]:
+    """Return the factors of a norm y = u(x) w + b, found by replacing w and b; nothing if the module is none.
+
+    At random w and b the module must give what u, taken at ones, says: w may enter in another way, or along another
+    axis as long as all its entries are equal.
+    """
+    module, weight = call.module, call.module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or set(call.names) - {"weight", "bias"}:
+        return {}
+    axis = 1 if isinstance(module, nn.modules.batchnorm._BatchNorm) else -1
+    if call.y.shape != call.x.shape or call.y.shape[axis] != len(weight) or isinstance(module, nn.Embedding):
+        return {}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return {}
+    bias = module._parameters.get("bias")
+    zeros = {"weight": torch.zeros_like(weight)} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
+    ones = zeros | {"weight": torch.ones_like(weight)}
+
+    def run(parameters):
+        with KeepDouble() if weight.dtype == torch.float64 else nullcontext():
+            return torch.func.functional_call(module, parameters, (call.x,))
+
+    at_zero = run(zeros)
+    if not at_zero.any():  # the usual y = u w + b, not u (1 + w) + b: nothing to differentiate
+        at_zero = at_zero.detach()
+    u = run(ones) - at_zero
+    along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
+    others = [i for i in range(u.dim()) if i != axis % u.dim()]
+    close = lambda a, b, tol: bool((a - b).norm() <= tol * torch.finfo(u.dtype).eps * b.norm())
+    with torch.no_grad():  # the output was that of this module alone, without hooks or settings of the call
+        written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))
+        if not close(written, call.y, 1e3):
+            return {}
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    drawn = {n: draw(z).requires_grad_() for n, z in zeros.items()}
+    returned, cotangent = run(drawn), draw(u)
+    written = at_zero + u * drawn["weight"].view(along) + (drawn["bias"].view(along) if "bias" in drawn else 0)
+    slope = torch.autograd.grad(returned, drawn["weight"], cotangent, retain_graph=True, allow_unused=True)[0]
+    expected = (u * cotangent).sum(others) if others else u * cotangent
+    if (
+        slope is None
+        or not close(returned.detach(), written.detach(), 1e2)
+        or not close(slope, expected.detach(), 1e3)
+    ):
+        return {}  # a module that only looks like a norm; double backward serves
+    return _scaled(u, axis)
+
+
+def _scaled(u: Tensor, axis: int) -> dict[str, Maker]:
+    """Return the factors of y = u w + b."""
+    return {
+        "weight": lambda call, g: ScaleFactor(u, g, axis=axis),
+        "bias": lambda call, g: SumFactor(g, axis=axis),
+    }
+
+
+def edges_of(value: Tensor, theta: Mapping[str, Tensor]) -> tuple[dict[str, int], set]:
+    """Return how often each parameter enters the graph of a value, and the graph's nodes."""
+    names = {id(p): n for n, p in theta.items()}
+    counts: dict[str, int] = {}
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is not None and id(variable) in names:
+                counts[names[id(variable)]] = counts.get(names[id(variable)], 0) + 1
+            stack.append(following)
+    return counts, seen
