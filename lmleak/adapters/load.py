@@ -80,8 +80,7 @@ def load_adapter(
     """
     if task is not None:
         lookup("task", task, MODEL_CLASSES)
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={str(device)!r}, but no CUDA device is available; use device='cpu'")
+    refuse_absent_device(str(device))
     source = str(REFERENCE_MODELS.get(name, name))
     is_shape = Path(source).suffix in (".yaml", ".yml")
     with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator by transformers
@@ -96,6 +95,19 @@ def load_adapter(
         raise ConfigError(f"{name!r} classifies images and reads no text; drop tokenizer={tokenizer!r}")
     model = model.eval().to(device)
     return adapt(model, tokenizer=_load_tokenizer(tokenizer), task=task, name=name)
+
+
+def refuse_absent_device(device: str) -> None:
+    """Refuse a CUDA device where there is none.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: If it is absent.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but no CUDA device is available; use device=cpu")
 
 
 def adapt(

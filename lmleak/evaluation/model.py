@@ -7,6 +7,7 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from lmleak.adapters import ModelAdapter, TextAdapter, load_adapter
+from lmleak.adapters.load import refuse_absent_device
 from lmleak.errors import ConfigError, UnsupportedModelError
 
 
@@ -46,8 +47,7 @@ def device_of(setting: str, state: PartialState | None = None) -> str:
         return str(state.device) if state else "cuda" if torch.cuda.is_available() else "cpu"
     if setting.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device={setting!r} is not known; write cpu, cuda or auto")
-    if setting.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={setting!r}, but no CUDA device is available; use device=cpu")
+    refuse_absent_device(setting)
     return setting
 
 

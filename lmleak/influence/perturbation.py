@@ -40,10 +40,6 @@ class UnitNoise(Mapping):
         """Return names and noise."""
         return _DrawnAhead(self)
 
-    def draws_as(self, other: "UnitNoise") -> bool:
-        """Whether both are the same noise; found without drawing it, as == would."""
-        return vars(self) == vars(other)
-
 
 class _DrawnAhead(ItemsView):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -201,6 +201,11 @@ class InfluenceSolver:
 
     def noise(self) -> UnitNoise:
         """Return unit Gaussian noise, as ``GaussianNoise(seed=seed)`` draws it, parameter by parameter when asked."""
+        return self._noise
+
+    @cached_property
+    def _noise(self) -> UnitNoise:
+        """One object, by which ``respond`` knows that it is this solver's noise."""
         return UnitNoise(self.jacobian.parameter_shapes, self.jacobian.dtype, self.seed)
 
     def solve(self, perturbation: Mapping[str, Tensor], *, damping: float | None = None) -> InfluenceResult:
@@ -260,7 +265,7 @@ class PerturbationResponse:
     def __init__(self, solver: InfluenceSolver, perturbation: Mapping[str, Tensor], dampings: Sequence[float]):
         self.solver = solver
         self.bracket = solver.lambda_max
-        own = isinstance(perturbation, UnitNoise) and perturbation.draws_as(solver.noise())
+        own = perturbation is solver.noise()
         run = solver.noise_run if own else Krylov(solver.operator, solver.response(perturbation))
         self.norm = run.start_norm
         needed = extend_krylov(run, dampings, tol=solver.tol, max_products=solver.max_products)
