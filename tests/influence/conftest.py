@@ -7,10 +7,7 @@ import torch
 
 from lmleak.adapters import LeNet, adapt
 from tests.families import LABELS, SEQUENCES, make
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.influence.vectors import randn
 
 
 def linear_softmax(batch=1, channels=1, side=3, classes=5, seed=0, scale=1.0):

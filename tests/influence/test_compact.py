@@ -10,12 +10,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
 
 from lmleak.influence.compact import CrossEntropy, Elementwise, compact_functions
+from tests.influence.vectors import randn
 
 SMOOTH = ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "silu"]
-
-
-def double(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Network(nn.Module):
@@ -25,7 +22,7 @@ class Network(nn.Module):
             self.first, self.second, self.activation = nn.Linear(5, 7), nn.Linear(7, 4), activation
         self.double()
         for i, parameter in enumerate(self.parameters()):
-            parameter.data = double(*parameter.shape, seed=10 + i) / 2
+            parameter.data = randn(*parameter.shape, seed=10 + i) / 2
 
     def forward(self, x):
         return self.second(self.activation(self.first(x)))
@@ -37,16 +34,16 @@ def second_derivatives(network, x, targets, **settings):
     loss = F.cross_entropy(network(x), targets, **settings)
     theta = list(network.parameters())
     gradient = torch.autograd.grad(loss, theta, create_graph=True)
-    delta = [double(*g.shape, seed=i).requires_grad_() for i, g in enumerate(gradient)]
+    delta = [randn(*g.shape, seed=i).requires_grad_() for i, g in enumerate(gradient)]
     (product,) = torch.autograd.grad(gradient, x, delta, create_graph=True)
-    back = torch.autograd.grad(product, delta, double(*x.shape, seed=9))
+    back = torch.autograd.grad(product, delta, randn(*x.shape, seed=9))
     return [loss, *gradient, product, *back]
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"ignore_index": 2}])
 def test_products_are_those_of_plain_double_backward(name, settings):
-    network, x = Network(ACT2FN[name]), double(6, 5)
+    network, x = Network(ACT2FN[name]), randn(6, 5)
     targets = torch.tensor([0, 2, 1, 3, 2, 0])
     plain = second_derivatives(network, x, targets, **settings)
     with compact_functions(network):
@@ -63,21 +60,21 @@ def test_products_are_those_of_plain_double_backward(name, settings):
 
 def test_the_gradient_of_a_loss_times_a_factor_that_moves_with_x():
     """The loss's own incoming gradient is differentiated too: sum(x) * CE(x)."""
-    logits, targets = double(3, 4).requires_grad_(), torch.tensor([1, 0, 3])
+    logits, targets = randn(3, 4).requires_grad_(), torch.tensor([1, 0, 3])
     weight = torch.full((3,), 1 / 3, dtype=torch.float64)
     results = []
     for entropy in (lambda: CrossEntropy.apply(logits, targets, weight), lambda: F.cross_entropy(logits, targets)):
         (gradient,) = torch.autograd.grad(entropy() * logits.sum(), logits, create_graph=True)
-        results.append(torch.autograd.grad(gradient, logits, double(3, 4, seed=3))[0])
+        results.append(torch.autograd.grad(gradient, logits, randn(3, 4, seed=3))[0])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 def test_several_products_at_once():
-    network, x = Network(ACT2FN["gelu_new"]), double(6, 5).requires_grad_()
+    network, x = Network(ACT2FN["gelu_new"]), randn(6, 5).requires_grad_()
     with compact_functions(network):
         loss = F.cross_entropy(network(x), torch.tensor([0, 2, 1, 3, 2, 0]))
     (gradient,) = torch.autograd.grad(loss, network.first.weight, create_graph=True)
-    vectors = double(3, 7, 5, seed=4)
+    vectors = randn(3, 7, 5, seed=4)
     product = lambda v: torch.autograd.grad(gradient, x, v, retain_graph=True)[0]
     batched = torch.func.vmap(product)(vectors)
     torch.testing.assert_close(batched, torch.stack([product(v) for v in vectors]), rtol=1e-12, atol=1e-14)
@@ -87,8 +84,8 @@ def test_several_products_at_once():
 def test_other_losses_and_activations_stay_torch_s_own():
     inplace = nn.SiLU(inplace=True)
     with compact_functions(inplace):
-        assert "Silu" in inplace(double(3).requires_grad_() * 1).grad_fn.name()
-    network, x = Network(nn.Tanh()), double(6, 5).requires_grad_()
+        assert "Silu" in inplace(randn(3).requires_grad_() * 1).grad_fn.name()
+    network, x = Network(nn.Tanh()), randn(6, 5).requires_grad_()
     targets = torch.tensor([0, 2, 1, 3, 2, 0])
     with compact_functions(network):
         assert "Tanh" in network(x).grad_fn.next_functions[1][0].name()
@@ -114,7 +111,7 @@ def tensors_held(compact: bool) -> int:
         kept[tensor.data_ptr()] = tensor
         return tensor
 
-    x, g, c = (double(8, 16, seed=seed).requires_grad_() for seed in range(3))
+    x, g, c = (randn(8, 16, seed=seed).requires_grad_() for seed in range(3))
     module = ACT2CLS["gelu_new"]()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with compact_functions(module) if compact else nullcontext():
@@ -126,7 +123,7 @@ def tensors_held(compact: bool) -> int:
 
 
 def test_elementwise_needs_no_graph_where_nothing_is_differentiated():
-    module, x = ACT2CLS["gelu"](), double(3)
+    module, x = ACT2CLS["gelu"](), randn(3)
     with compact_functions(module):
         assert module(x).grad_fn is None
     assert Elementwise.apply(x, x, x, x).grad_fn is None

@@ -9,10 +9,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lmleak.adapters.precision import KeepDouble
 from lmleak.influence.compact_norms import Normalised, compact_norms
-
-
-def double(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.influence.vectors import randn
 
 
 def no_bias(size):
@@ -26,7 +23,7 @@ class Network(nn.Module):
             self.first, self.norm, self.second = nn.Linear(5, 7), norm, nn.Linear(7, 4)
         self.double()
         for i, parameter in enumerate(self.parameters()):
-            parameter.data = double(*parameter.shape, seed=10 + i) / 2
+            parameter.data = randn(*parameter.shape, seed=10 + i) / 2
 
     def forward(self, x):
         with KeepDouble():
@@ -38,15 +35,15 @@ def second_derivatives(network, x):
     x = x.clone().requires_grad_()
     loss = network(x)
     gradient = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
-    delta = [double(*g.shape, seed=i).requires_grad_() for i, g in enumerate(gradient)]
+    delta = [randn(*g.shape, seed=i).requires_grad_() for i, g in enumerate(gradient)]
     (product,) = torch.autograd.grad(gradient, x, delta, create_graph=True)
-    back = torch.autograd.grad(product, delta, double(*x.shape, seed=9))
+    back = torch.autograd.grad(product, delta, randn(*x.shape, seed=9))
     return [loss, *gradient, product, *back]
 
 
 @pytest.mark.parametrize("make", [nn.LayerNorm, no_bias, nn.RMSNorm, LlamaRMSNorm, T5LayerNorm, GemmaRMSNorm])
 def test_products_are_those_of_plain_double_backward(make):
-    network, x = Network(make(7) if make is not nn.RMSNorm else nn.RMSNorm(7, eps=0.1)), double(2, 3, 5)
+    network, x = Network(make(7) if make is not nn.RMSNorm else nn.RMSNorm(7, eps=0.1)), randn(2, 3, 5)
     plain = second_derivatives(network, x)
     with compact_norms(network) as found:
         compact = second_derivatives(network, x)
@@ -62,7 +59,7 @@ def test_products_are_those_of_plain_double_backward(make):
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_derivatives_are_those_of_finite_differences(centred):
-    x = double(3, 6).requires_grad_()
+    x = randn(3, 6).requires_grad_()
     run = lambda t: Normalised.apply(t, 0.05, centred)
     with torch.random.fork_rng():  # the checks draw from the global generator
         assert torch.autograd.gradcheck(run, x)
@@ -70,12 +67,12 @@ def test_the_derivatives_are_those_of_finite_differences(centred):
 
 
 def test_several_products_at_once():
-    network, x = Network(nn.LayerNorm(7)), double(6, 5).requires_grad_()
+    network, x = Network(nn.LayerNorm(7)), randn(6, 5).requires_grad_()
     with compact_norms(network):
         loss = network(x)
     (gradient,) = torch.autograd.grad(loss, network.first.weight, create_graph=True)
     pull = lambda delta: torch.autograd.grad(gradient, x, delta, retain_graph=True)[0]
-    vectors = double(3, 7, 5, seed=4)
+    vectors = randn(3, 7, 5, seed=4)
     torch.testing.assert_close(torch.func.vmap(pull)(vectors), torch.stack([pull(v) for v in vectors]))
 
 
@@ -142,7 +139,7 @@ LOOKALIKES = [DetachedRMSNorm, OutsideRMSNorm, SquaredRMSNorm, GatedRMSNorm, rep
 )
 def test_what_is_no_plain_norm_of_the_last_axis_runs_as_it_is(make):
     norm = make(7).double().eval()
-    x = double(2, 3, 7).transpose(1, 2) if isinstance(norm, nn.BatchNorm1d) else double(2, 3, 7)
+    x = randn(2, 3, 7).transpose(1, 2) if isinstance(norm, nn.BatchNorm1d) else randn(2, 3, 7)
     expected = norm(x)
     with compact_norms(norm) as found:
         assert torch.equal(norm(x.requires_grad_()), expected)
@@ -154,7 +151,7 @@ def test_a_norm_that_is_told_more_than_its_input_runs_as_it_is():
         def forward(self, x, scale=1.0):
             return super().forward(x) * scale
 
-    norm, x = ScaledRMSNorm(7).double(), double(2, 7).requires_grad_()
+    norm, x = ScaledRMSNorm(7).double(), randn(2, 7).requires_grad_()
     with KeepDouble(), compact_norms(norm) as found:
         norm(x, scale=1.0)
         assert not found
@@ -165,12 +162,12 @@ def test_a_norm_that_is_told_more_than_its_input_runs_as_it_is():
 def test_epsilon_beside_the_root_is_told_apart_in_float32():
     norm = OutsideRMSNorm(7, eps=1e-4)
     with compact_norms(norm) as found:
-        norm(double(2, 7).float().requires_grad_())
+        norm(randn(2, 7).float().requires_grad_())
     assert not found
 
 
 def test_half_precision_runs_as_it_is():
-    norm, x = LlamaRMSNorm(7).to(torch.bfloat16), double(2, 7).to(torch.bfloat16).requires_grad_()
+    norm, x = LlamaRMSNorm(7).to(torch.bfloat16), randn(2, 7).to(torch.bfloat16).requires_grad_()
     with compact_norms(norm) as found:
         norm(x)
     assert not found

@@ -7,15 +7,7 @@ from torch import nn
 from lmleak.influence import GradientJacobian, dense_gram
 from lmleak.influence.convolutions import KernelFactor, PatchFactor, convolution_factor
 from tests.families import image_problem
-
-
-def relative(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
+from tests.influence.vectors import randn, relative
 
 LAYERS = {
     "plain": (nn.Conv2d, (4, 6, 3), {"padding": 1, "stride": 2}),

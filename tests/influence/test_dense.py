@@ -17,10 +17,7 @@ from lmleak.influence import (
 )  # fmt: skip
 from lmleak.influence.jacobian import IMPLEMENTATIONS
 from tests.families import make
-
-
-def relative(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
+from tests.influence.vectors import relative
 
 
 @pytest.fixture

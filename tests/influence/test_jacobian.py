@@ -8,14 +8,11 @@ from lmleak.errors import ConfigError, DataError
 from lmleak.gradients import capture_gradient
 from lmleak.influence import CosineJacobian, GradientJacobian
 from tests.families import FAMILIES, SEQUENCES, make
+from tests.influence.vectors import relative
 
 IMPLEMENTATIONS = ("factored", "autodiff", "dense")
 RIGHT_ONLY = ("bert", "distilbert", "roberta", "unlisted-electra")  # they read the first position
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def relative(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 class TestClosedForm:

@@ -7,11 +7,7 @@ from lmleak.gradients import capture_gradient
 from lmleak.influence import GradientJacobian, InfluenceSolver, UpdateJacobian, dense_rows, eigen_directions
 from lmleak.types import Aggregation
 from tests.families import make
-
-
-def relative(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
-
+from tests.influence.vectors import relative
 
 AGGREGATIONS = {
     "two steps": Aggregation(steps_per_epoch=2, learning_rate=0.3),
