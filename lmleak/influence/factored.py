@@ -19,10 +19,7 @@ from lmleak.errors import DataError
 from lmleak.influence.compact import compact_functions
 from lmleak.influence.compact_norms import compact_norms
 from lmleak.influence.convolutions import KernelFactor, PatchFactor
-from lmleak.influence.factors import (
-    Factor,
-    TotalFactor,
-)
+from lmleak.influence.factors import Factor, TotalFactor
 from lmleak.influence.products import BLOCK_SIZE, Loss, Products
 from lmleak.influence.recognition import Call, edges_of, makers_of, recorded
 from lmleak.influence.zeros import SharedZeros

@@ -238,7 +238,8 @@ class TotalFactor(Factor):
         """Whether products of all rows serve, and are cheaper than those of the weight's size."""
         if len(self.maps) + len(self.lookups) < len(self.parts):
             return False
-        return not self.maps or self.joined.by_tokens
+        maps = [self.parts[i] for i in self.maps]
+        return not maps or positions_are_cheaper(sum(len(m.x) for m in maps), maps[0].x.shape[1], maps[0].g.shape[1])
 
     @cached_property
     def joined(self) -> LinearFactor:

@@ -17,6 +17,8 @@ from lmleak.adapters.structure import is_linear, replaced_forward
 from lmleak.influence.convolutions import CONVOLUTIONS, convolution_factor
 from lmleak.influence.factors import Factor, LinearFactor, RowFactor, ScaleFactor, SumFactor
 
+PLAIN_CONVOLUTIONS = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
+
 
 @dataclass
 class Call:
@@ -74,10 +76,10 @@ def makers_of(
     """Return per parameter its uses of a known kind, and how each becomes a factor."""
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
-        if id(call.y) in normalised and call.intact:
-            kinds = _scaled(normalised[id(call.y)][1], axis=-1)
-        else:
-            kinds = _kinds(call) if call.intact else {}
+        if not call.intact:
+            continue
+        written = normalised.get(id(call.y))
+        kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)
         for key, name in call.names.items():
             if key in kinds:
                 found.setdefault(name, []).append((call, kinds[key]))
@@ -96,8 +98,10 @@ def _kinds(call: Call) -> dict[str, Maker]:
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
             "bias": lambda call, g: SumFactor(g, axis=-1),
         }
-    plain = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
-    if (forward, getattr(type(module), "_conv_forward", None)) in plain and call.x.dim() == module.weight.dim():
+    if (
+        forward,
+        getattr(type(module), "_conv_forward", None),
+    ) in PLAIN_CONVOLUTIONS and call.x.dim() == module.weight.dim():
         return {
             "weight": lambda call, g: convolution_factor(module, call.x, g),
             "bias": lambda call, g: SumFactor(g, axis=1),
@@ -139,22 +143,17 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
     others = [i for i in range(u.dim()) if i != axis % u.dim()]
     close = lambda a, b, tol: bool((a - b).norm() <= tol * torch.finfo(u.dtype).eps * b.norm())
-    with torch.no_grad():  # the output was that of this module alone, without hooks or settings of the call
-        written = at_zero + u * weight.view(along) + (0 if bias is None else bias.view(along))
-        if not close(written, call.y, 1e3):
-            return {}
+    write = lambda w, b: at_zero + u * w.view(along) + (0 if b is None else b.view(along))
+    if not close(write(weight, bias), call.y, 1e3):
+        return {}  # hooks or settings of the call had a part in the output
     generator = torch.Generator().manual_seed(0)
     draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     drawn = {n: draw(z).requires_grad_() for n, z in zeros.items()}
     returned, cotangent = run(drawn), draw(u)
-    written = at_zero + u * drawn["weight"].view(along) + (drawn["bias"].view(along) if "bias" in drawn else 0)
     slope = torch.autograd.grad(returned, drawn["weight"], cotangent, retain_graph=True, allow_unused=True)[0]
     expected = (u * cotangent).sum(others) if others else u * cotangent
-    if (
-        slope is None
-        or not close(returned.detach(), written.detach(), 1e2)
-        or not close(slope, expected.detach(), 1e3)
-    ):
+    same = close(returned, write(drawn["weight"], drawn.get("bias")), 1e2)
+    if not same or slope is None or not close(slope, expected, 1e3):
         return {}  # a module that only looks like a norm; double backward serves
     return _scaled(u, axis)
 

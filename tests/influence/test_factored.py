@@ -153,7 +153,7 @@ def test_no_tensor_of_a_weights_size_is_allocated(way, shared, monkeypatch):
     """Products of the weights' size and the reference show that the watch sees; with "all" the tied table counts."""
     adapter, batch = wide_gpt2()
     if way == "by weights":
-        monkeypatch.setattr(LinearFactor, "by_tokens", False)
+        monkeypatch.setattr("lmleak.influence.factors.positions_are_cheaper", lambda *sizes: False)
     implementation = "autodiff" if way == "autodiff" else "factored"
     with LargestNewTensor() as watch:
         jacobian = GradientJacobian(adapter, batch, shared=shared, implementation=implementation)
@@ -179,7 +179,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("by_tokens", [True, False])
 def test_a_weight_that_is_used_more_than_once(by_tokens, monkeypatch):
-    monkeypatch.setattr(LinearFactor, "by_tokens", by_tokens)
+    monkeypatch.setattr("lmleak.influence.factors.positions_are_cheaper", lambda *sizes: by_tokens)
     adapter, batch = image_problem(Shared, (2, 3, 6, 8))
     fast, reference = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff"))
     parts = {name: len(factor.parts) for name, factor in fast._products.factors.items()}
