@@ -86,10 +86,9 @@ class ThroughputConfig:
         return WorkConfig(**{name: getattr(self, name) for name in shared}, samples=samples, output=str(output))
 
 
-def launch(config: ThroughputConfig, scaling: str, processes: int, repeat: int) -> dict:
+def launch(config: ThroughputConfig, name: str, samples: int, processes: int) -> dict:
     """Run the worker unless its results are there, and return its times and rows."""
-    samples = config.samples * (processes if scaling == "weak" else 1)
-    folder = Path(config.output) / config.split / f"{scaling}-{processes}-{repeat}"
+    folder = Path(config.output) / config.split / name
     work = config.work(samples, folder)
     ResultFolder(folder, work.identity).open()  # refuses what other settings left
     if not (folder / "timing.json").exists():
@@ -132,15 +131,20 @@ def entries_of(config: ThroughputConfig) -> list[dict]:
     entries, reference = [], {}
     for scaling in config.scaling:
         for processes in sorted(config.processes):
-            runs = [launch(config, scaling, processes, repeat) for repeat in range(config.repeats)]
+            samples = config.samples * (processes if scaling == "weak" else 1)
+            names = [f"{scaling}-{processes}-{repeat}" for repeat in range(config.repeats)]
+            runs = [launch(config, name, samples, processes) for name in names]
             numbers = [figures_of(run) for run in runs]
             entry = {name: median(n[name] for n in numbers) for name in numbers[0]}
             rates = [n["rate"] for n in numbers]
             if processes == 1:
                 reference[scaling] = (entry["rate"], runs[0]["rows"])
             rate, rows = reference[scaling]
+            if config.split != "examples" and samples != config.samples:
+                # The one row is a mean over all probes, or the best of all restarts: of as many by one process.
+                rows = launch(config, f"{scaling}-{processes}-by-one", samples, 1)["rows"]
             entries.append({
-                "scaling": scaling, "processes": processes, config.split: runs[0]["samples"],
+                "scaling": scaling, "processes": processes, config.split: samples,
                 "rate": entry.pop("rate"), "slowest": min(rates), "fastest": max(rates),
                 "efficiency": median(rates) / (processes * rate), **entry,
                 "identical": all(run["rows"][: len(rows)] == rows for run in runs),

@@ -44,6 +44,8 @@ class TextAdapter(ModelAdapter):
         if hasattr(self.model, "set_attn_implementation"):
             # Fused attention kernels have neither a double backward nor forward derivatives.
             self.model.set_attn_implementation("eager")
+        if getattr(self.model.config, "_experts_implementation", None) == "grouped_mm":
+            self.model.set_experts_implementation("eager")  # the grouped kernel has no float64
         self.tokenizer = tokenizer
         self.config = self.model.config
         self.embedding = self.model.get_input_embeddings()

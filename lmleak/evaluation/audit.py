@@ -72,6 +72,8 @@ class AuditConfig:
     """Relative residual of the solver."""
     max_products: int = 200
     """Most operator products per solve; an unconverged number is marked as a lower bound."""
+    implementation: Literal["factored", "autodiff"] = "factored"
+    """How products with J are made: by layers' factors (checked on the first example), or all by double backward."""
     probes: int = 2
     """Random probes for averages over the noise; 0 leaves them out."""
     probe_steps: int = 120
@@ -149,10 +151,12 @@ def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult
     evaluator = ExampleEvaluator(adapter, example_settings(config))
     for number, (texts, labels) in enumerate(items):  # refuse bad input now, not in the middle of the run
         evaluator.check(texts, labels, thoroughly=number == 0)
+    difference = evaluator.verify(*items[0])
     identified = identity(adapter, items)
     folder = ResultFolder(config.output, decisive_settings(config), identity=identified, resume=config.resume)
     rows = run_items(items, lambda i, item: evaluator.rows(i, *item), folder, state, label="auditing")
-    meta = describe(config, adapter, origin, len(items), state, command) | {"seconds": time.perf_counter() - start}
+    meta = describe(config, adapter, origin, len(items), state, command)
+    meta |= {"product_difference": difference, "seconds": time.perf_counter() - start}
     return AuditResult(rows, meta, folder.path, worst_recall(rows))
 
 
@@ -225,6 +229,7 @@ def example_settings(config: AuditConfig) -> ExampleSettings:
         damping=config.damping,
         tolerance=config.tolerance,
         max_products=config.max_products,
+        implementation=config.implementation,
         probes=config.probes,
         probe_steps=config.probe_steps,
         max_length=config.max_length,
@@ -257,6 +262,7 @@ def describe(
         "defenses": [str(parse_defense(spec)) for spec in config.defenses],
         "noise_levels": list(config.noise_levels),
         "shared": config.shared,
+        "implementation": config.implementation,
         "seed": config.seed,
         "metric_of_risk": "token_recall",
     } | circumstances(adapter, state, command, LIBRARIES)

@@ -68,6 +68,8 @@ class ExampleSettings:
     """Fixed damping; None is ``solver.RELATIVE_DAMPING`` times the largest eigenvalue."""
     tolerance: float
     max_products: int
+    implementation: str
+    """Of the products with J: factored or autodiff."""
     probes: int
     probe_steps: int
     max_length: int | None
@@ -93,6 +95,14 @@ class ExampleEvaluator:
         if thoroughly:
             self._releases(capture_gradient(self.adapter, batch, shared=s.shared), s.seed)
 
+    def verify(self, texts: Sequence[str], labels: Sequence[int] | None) -> float | None:
+        """Return how far products by factors are from double backward; None where all go by that."""
+        s = self.settings
+        if s.implementation != "factored":
+            return None
+        batch = self.adapter.batch(texts, labels, max_length=s.max_length, padding_side=s.padding_side)
+        return self._jacobian(batch).verify(seed=s.seed)
+
     def rows(self, index: int, texts: Sequence[str], labels: Sequence[int] | None) -> list[dict]:
         """Return one row per release of the gradient of these texts; depends on the index and settings alone."""
         s = self.settings
@@ -103,7 +113,7 @@ class ExampleEvaluator:
         start = time.perf_counter()
         true = capture_gradient(self.adapter, batch, shared=s.shared)
         gradient_seconds = time.perf_counter() - start
-        jacobian = GradientJacobian(self.adapter, batch, shared=s.shared)
+        jacobian = self._jacobian(batch)
         solver = self._solver(jacobian, seed)
         releases = self._releases(true, seed)
         influences = self._influences(solver, releases)
@@ -126,6 +136,10 @@ class ExampleEvaluator:
             {"key": f"{index}|{release.name}"} | common | self._row(batch, release, seed) | influence | average
             for release, influence, average in zip(releases, influences, averages, strict=True)
         ]
+
+    def _jacobian(self, batch: TextBatch) -> GradientJacobian:
+        s = self.settings
+        return GradientJacobian(self.adapter, batch, shared=s.shared, implementation=s.implementation)
 
     def _solver(self, jacobian: GradientJacobian, seed: int) -> InfluenceSolver:
         s = self.settings

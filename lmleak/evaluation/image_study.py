@@ -23,6 +23,7 @@ from lmleak.evaluation.image_attack import scored_image_attack
 from lmleak.evaluation.model import device_of
 from lmleak.evaluation.shards import ResultFolder
 from lmleak.gradients import capture_gradient
+from lmleak.influence import GradientJacobian
 from lmleak.types import SINGLE_STEP, Aggregation, Batch
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
@@ -119,7 +120,7 @@ class ImageStudy:
         return parse_defense(defense).with_seed(self.sample_seed(sample)).release(true)
 
     def check(self, defenses: Sequence[str], attacks: Sequence[str]) -> None:
-        """Refuse what cannot be studied, before any work: every batch, each defense on the first, each attack.
+        """Refuse what cannot be studied, before any work: every batch, defenses and products of the first, attacks.
 
         Args:
             defenses: Specifications of the defenses.
@@ -129,6 +130,7 @@ class ImageStudy:
             self.batch(sample)
         for defense in defenses:
             self.release(0, defense)
+        GradientJacobian(self.adapter, self.batch(0), shared=self.shared).verify(seed=self.seed)
         for attack in attacks:
             parse_attack(attack, task=IMAGE_TASK)
 

@@ -49,6 +49,8 @@ def sensitivity_of_layers(
             jacobian = UpdateJacobian(adapter, batch, sharing.aggregation, shared=sharing.shared)
         else:
             jacobian = GradientJacobian(adapter, batch, shared=sharing.shared)
+            if not found:
+                jacobian.verify(seed=settings.seed)
         gradient = capture_gradient(adapter, batch, shared=sharing.shared, aggregation=sharing.aggregation).gradient
         found.append(input_sensitivity(
             jacobian, layers, gradient=gradient, rows=[0], num_probes=settings.probes, seed=settings.seed
@@ -79,6 +81,8 @@ def influence_by_release(
     for victim in victims:
         batch = examples.batch([victim])
         std = settings.noise * capture_gradient(adapter, batch, shared=shared).rms
+        if not found:
+            GradientJacobian(adapter, batch, shared=shared).verify(seed=settings.seed)
         found.append(influence_of_layers(
             adapter, batch, noise_std=std, shared=shared, layers=layers, seed=settings.seed, tol=settings.tolerance,
             max_products=settings.max_products,

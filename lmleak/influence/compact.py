@@ -143,7 +143,9 @@ class _Losses(TorchFunctionMode):
         if function is F.cross_entropy and len(args) == 2 and plain:
             logits, targets = args
             reduction, ignored = kwargs.get("reduction", "mean"), kwargs.get("ignore_index", -100)
-            if logits.dim() == 2 and targets.dim() == 1 and reduction in ("mean", "sum") and logits.requires_grad:
+            indices = targets.dim() == 1 and not targets.is_floating_point()
+            if logits.dim() == 2 and indices and reduction in ("mean", "sum") and logits.requires_grad:
+                targets = targets.long()  # torch takes bytes as well
                 valid = targets != ignored
                 weight = valid.to(logits.dtype) / (valid.sum() if reduction == "mean" else 1)
                 return CrossEntropy.apply(logits, targets.where(valid, 0), weight)

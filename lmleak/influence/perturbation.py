@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import ItemsView, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -42,15 +41,33 @@ class UnitNoise(Mapping):
 
 
 class _DrawnAhead(ItemsView):
+    """Noise in order, drawn by as many threads as torch has.
+
+    Behind a large parameter that is waited for, the threads go on with the small ones after it: up to ``QUEUED`` per
+    thread. With the one in use they hold as many numbers as the largest parameter, times the threads and one.
+    """
+
+    QUEUED = 4
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        noise, names = self._mapping, iter(self._mapping)
+        noise, names = self._mapping, deque(self._mapping)
+        sizes = {name: shape.numel() for name, shape in noise.shapes.items()}
         threads = torch.get_num_threads()
+        room, ahead = (threads + 1) * max(sizes.values(), default=0), deque()
         with ThreadPoolExecutor(threads) as pool:
-            ahead = deque((name, pool.submit(noise.__getitem__, name)) for name in islice(names, threads))
+
+            def fill(room: int) -> int:
+                while names and len(ahead) < self.QUEUED * threads and sizes[names[0]] <= room:
+                    room -= sizes[names[0]]
+                    ahead.append((names[0], pool.submit(noise.__getitem__, names.popleft())))
+                return room
+
+            room = fill(room)
             while ahead:
                 name, drawn = ahead.popleft()
-                ahead.extend((following, pool.submit(noise.__getitem__, following)) for following in islice(names, 1))
                 yield name, drawn.result()
+                del drawn  # which holds the noise
+                room = fill(room + sizes[name])
 
 
 class Perturbation(Mapping):

@@ -1,7 +1,7 @@
 """Which modules ran in a loss, and what the gradients of their parameters are made of.
 
-A factor is only given for what a module alone made of its own weights: checked by the function that ran, by values and
-by derivatives, never by names. Everything else is left to double backward.
+A factor is only given for what a module alone made of its own weights: checked by the function that ran, by the graph
+from its input to its output, by values and by derivatives, never by names. Everything else is left to double backward.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,6 +37,26 @@ class Call:
         """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
         return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
 
+    def made_of(self, theta: Mapping[str, Tensor]) -> bool:
+        """Whether the output's graph begins at the input and the module's own parameters, each used once, alone."""
+        uses = dict.fromkeys((id(theta[name]) for name in self.names.values()), 0)
+        unshared = {id(p) for p in self.module._parameters.values()}
+        seen, stack, entered = set(), [self.y.grad_fn], False
+        while stack:
+            node = stack.pop()
+            for following, _ in node.next_functions:
+                variable = getattr(following, "variable", None)
+                if variable is not None and id(variable) in uses:
+                    uses[id(variable)] += 1
+                elif following is not None and (following is self.x.grad_fn or variable is self.x):
+                    entered = True
+                elif variable is not None and id(variable) not in unshared:
+                    return False
+                elif following is not None and following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+        return entered == self.x.requires_grad and all(count == 1 for count in uses.values())
+
 
 @contextmanager
 def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
@@ -71,12 +91,12 @@ Maker = Callable[[Call, Tensor], Factor]
 
 
 def makers_of(
-    calls: list[Call], normalised: Mapping[int, tuple[Tensor, Tensor]]
+    calls: list[Call], theta: Mapping[str, Tensor], normalised: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[str, list[tuple[Call, Maker]]]:
     """Return per parameter its uses of a known kind, and how each becomes a factor."""
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
-        if not call.intact:
+        if not call.intact or not call.made_of(theta):
             continue
         written = normalised.get(id(call.y))
         kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)

@@ -140,7 +140,7 @@ def _bracket(
         nonlocal check_at
         if krylov.dimension < check_at:
             return False
-        check_at = krylov.dimension + max(1, krylov.dimension // 8)  # the eigenproblem of T costs k^2
+        check_at = krylov.dimension + max(1, krylov.dimension // 32)  # the eigenproblem of T costs k^2
         values = krylov.ritz_values()
         return _upper_bound(krylov, values, 0.0, cosine(values[-1])) <= (1 + tol) * values[-1]
 

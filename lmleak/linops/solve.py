@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -154,13 +155,13 @@ def conjugate_gradient(
 
 def checked_settings(dampings: Sequence[float], tol: float, max_products: int) -> list[float]:
     """Return the dampings as floats, or raise ConfigError for a setting that no solver can use."""
-    shifts = [float(damping) for damping in dampings]
-    if not shifts or not all(math.isfinite(shift) and shift >= 0 for shift in shifts):
-        raise ConfigError(f"dampings must be one or more finite numbers >= 0, got {shifts}.")
+    dampings = list(dampings)
+    if not dampings or not all(isinstance(d, Real) and math.isfinite(d) and d >= 0 for d in dampings):
+        raise ConfigError(f"dampings must be one or more finite numbers >= 0, got {dampings}.")
     if not tol > 0:
         raise ConfigError(f"tol must be positive, got {tol}. A relative residual of 1e-6 is the default.")
     check_products(max_products)
-    return shifts
+    return [float(damping) for damping in dampings]
 
 
 def _norm(vector: Tensor) -> float:

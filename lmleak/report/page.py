@@ -95,7 +95,7 @@ def render(rows: Sequence[Row], summary: Mapping[str, Any], drawn: Mapping[str, 
         table=listings.table_section(rows, summary),
         damping=escape(provenance.damping_note(rows)),
         batch=escape(provenance.batch_note(meta)),
-        by_autodiff=provenance.autodiff_item(rows),
+        products=provenance.products_items(rows, meta),
         reproduce=provenance.reproduce_section(meta),
     )
 

@@ -39,17 +39,25 @@ def _damping_meaning(rows: Sequence[Row]) -> str:
 NAMED = 5  # parameters that a page names
 
 
-def autodiff_item(rows: Sequence[Row]) -> str:
-    """Return the list item, as HTML, about parameters of layers of unknown kinds; nothing if there are none."""
+def products_items(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
+    """Return the list items, as HTML, about how products with J were made and checked; nothing if nothing is known."""
+    if meta.get("implementation") == "autodiff":
+        return "<li><b>All products with the derivatives went by double backward,</b> as was asked for.</li>"
+    items = []
     names = list(dict.fromkeys(name for row in rows for name in row.get("by_autodiff", ())))
-    if not names:
-        return ""
-    listed = ", ".join(f"<code>{escape(name)}</code>" for name in names[:NAMED])
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return (
-        "<li><b>Some layers are of a kind that lmleak has no short formula for.</b> Products with the derivatives of "
-        f"{listed}{more} went by double backward: as exact as the others, but slower and larger in memory.</li>"
-    )
+    if names:
+        listed = ", ".join(f"<code>{escape(name)}</code>" for name in names[:NAMED])
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        items.append(
+            "<li><b>Some layers are of a kind that lmleak has no short formula for.</b> Products with the derivatives "
+            f"of {listed}{more} went by double backward: as exact as the others, but slower and larger in memory.</li>"
+        )
+    if (difference := number(meta.get("product_difference"))) is not None:
+        items.append(
+            "<li><b>Short formulas were checked on the first example only.</b> There products with the derivatives "
+            f"differed by at most {compact(difference)} (relative) from double backward, which knows no formulas.</li>"
+        )
+    return "\n".join(items)
 
 
 def batch_note(meta: Mapping[str, Any]) -> str:

@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lmleak
 from lmleak.config import parse_config
-from lmleak.errors import ConfigError, DataError
+from lmleak.errors import ConfigError, DataError, UnsupportedModelError
 from lmleak.evaluation import AuditConfig, run_audit
 from lmleak.influence import InfluenceSolver
+from lmleak.influence.factors import LinearFactor
 
 SMALL = {
     "samples": 1, "noise_levels": [0.1, 10.0], "attacks": ["span"], "probes": 2, "probe_steps": 10,
@@ -89,6 +91,22 @@ def test_written_configuration_replays_to_equal_rows(audited, tmp_path):
     arguments = ["--config", str(result.folder / "config.yaml"), "--output", str(tmp_path / "again")]
     again = run_audit(parse_config(AuditConfig, arguments))
     assert without_timing(again.rows) == without_timing(result.rows)
+
+
+def test_wrong_products_end_an_audit_before_it_begins_and_double_backward_serves(audited, tmp_path, monkeypatch):
+    config, result = audited
+    assert 0 < result.meta["product_difference"] < 1e-4
+    gram = LinearFactor.gram
+    monkeypatch.setattr(LinearFactor, "gram", lambda *arguments: tuple(1.01 * part for part in gram(*arguments)))
+    folder = tmp_path / "out"
+    with pytest.raises(UnsupportedModelError, match=r"A v differs from double backward by 0\.0.*'autodiff'"):
+        run_audit(replace(config, output=str(folder)))
+    assert not folder.exists()
+    slow = run_audit(replace(config, output=str(folder), implementation="autodiff"))
+    assert slow.meta["product_difference"] is None
+    for row, fast in zip(slow.rows, result.rows, strict=True):
+        assert row["influence_l2"] == pytest.approx(fast["influence_l2"], rel=1e-2)
+        assert row["lambda_max"] == pytest.approx(fast["lambda_max"], rel=1e-4)
 
 
 def test_withheld_layers_restrict_the_operator(tmp_path):

@@ -14,14 +14,15 @@ from tests.families import make
 
 
 class WatchedNoise(UnitNoise):
-    """Counts, at every draw, the weights' noise that is still alive from earlier draws."""
+    """Counts, at every draw, the numbers of weights' noise that are still alive from earlier draws."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.drawn, self.most_alive = [], 0
 
     def __getitem__(self, name):
-        self.most_alive = max(self.most_alive, sum(reference() is not None for reference in self.drawn))
+        kept = [tensor for reference in self.drawn if (tensor := reference()) is not None]
+        self.most_alive = max(self.most_alive, sum(tensor.numel() for tensor in kept))
         noise = super().__getitem__(name)
         if noise.dim() > 1:
             self.drawn.append(weakref.ref(noise))
@@ -48,7 +49,8 @@ def test_a_product_with_noise_holds_few_weights_noise_at_a_time(threads, monkeyp
     noise = WatchedNoise(jacobian.parameter_shapes, jacobian.dtype, 0)
     product = jacobian.matvec(noise)
     assert len(noise.drawn) > 9
-    assert noise.most_alive <= threads + 1  # the one in use, and those drawn ahead
+    largest = max(shape.numel() for shape in jacobian.parameter_shapes.values())
+    assert noise.most_alive <= (threads + 1) * largest  # the one in use, and those drawn ahead
     held = dict(WatchedNoise(jacobian.parameter_shapes, jacobian.dtype, 0))
     assert torch.equal(product, jacobian.matvec(held))
 

@@ -48,6 +48,17 @@ class Gain(nn.Module):
         return x * self.f(self.weight)
 
 
+class Elsewhere(nn.Module):
+    """A gain, and what another layer's weight adds behind the module's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.lent = nn.Parameter(torch.ones(6)), [nn.Parameter(torch.ones(6))]
+
+    def forward(self, x):
+        return x * self.weight + (self.lent[0] - self.lent[0].detach())
+
+
 def replaced_linear():
     layer = nn.Linear(6, 6)
     layer.forward = MethodType(lambda layer, x: nn.functional.linear(x, 2 * layer.weight, layer.bias), layer)
@@ -73,6 +84,7 @@ def tripled_gradient(module, arguments, output):
 
 LOOKALIKES = {
     "equalised": lambda: Equalised(6, 6, 1),
+    "elsewhere": Elsewhere, "twice": lambda: Gain(lambda w: w.square() / w, 1.0),
     "pre-hook": lambda: hooked(nn.BatchNorm2d(6), lambda module, arguments: (torch.tanh(arguments[0]),), before=True),
     "partly frozen": lambda: Gain(lambda w: torch.cat([w[:3], w[3:].detach()]), 1.0),
     "tensor hook": lambda: hooked(nn.Linear(6, 6), tripled_gradient),
@@ -128,7 +140,7 @@ class OneAxis(nn.Module):
         return self.head(torch.tanh(y * self.fc(torch.arange(8.0).to(x) / 8) + self.norm(y.mean((0, 1)))).mean(1))
 
 
-@pytest.mark.parametrize(("network", "left"), [(Lent, ("fc.weight",)), (OneAxis, ())])
+@pytest.mark.parametrize(("network", "left"), [(Lent, ("fc.weight", "fc.bias")), (OneAxis, ())])
 def test_a_lent_weight_and_outputs_of_one_axis(network, left):
     adapter, batch = image_problem(network)
     fast, reference = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff"))

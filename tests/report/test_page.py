@@ -174,6 +174,17 @@ def test_layers_without_factors_are_named_where_there_are_any(tmp_path, syntheti
 
 
 @pytest.mark.usefixtures("quick_figures")
+def test_how_products_were_made_and_checked_is_said(tmp_path, synthetic_rows, synthetic_meta):
+    meta = synthetic_meta() | {"implementation": "factored", "product_difference": 2.5e-7}
+    html, _ = check(write_report(synthetic_rows(2), meta, tmp_path / "checked"))
+    assert "differed by at most 2.5e-7 (relative) from double backward" in html
+    meta = synthetic_meta() | {"implementation": "autodiff", "product_difference": None}
+    html, _ = check(write_report(synthetic_rows(2), meta, tmp_path / "autodiff"))
+    assert "All products with the derivatives went by double backward" in html
+    assert "short formula" not in html
+
+
+@pytest.mark.usefixtures("quick_figures")
 def test_a_level_where_no_attack_ran_is_not_called_recovered(tmp_path, synthetic_rows, synthetic_meta):
     rows = synthetic_rows(2, noise_levels=(0.1, 1.0))
     for row in rows:
