@@ -236,6 +236,7 @@ def _risk(response: PerturbationResponse, release: Release, damping: float, *, s
         "cg_bound_rms": result.cg_bound.rms,
         "influence_l2": result.influence.l2,
         "influence_rms": result.influence.rms,
+        "influence_upper_rms": result.upper_bound.rms if math.isfinite(result.upper_bound.rms) else None,
         "influence_converged": result.converged,
         "influence_residual": result.residual,
         "damping": result.damping,

@@ -28,6 +28,7 @@ from lmleak.linops import (
 from lmleak.types import Magnitude
 
 SOLVER_TOLERANCE = 1e-3  # relative residual; the attack errors it is compared with vary far more
+ENCLOSURE = 10  # times the tolerance: relative width that the interval of I2F must reach as well
 DEVIATION_TOLERANCE = 1e-2  # relative to x - mu itself
 PREDICTION_TOLERANCE = 0.1  # what the shrinkage may leave open, relative to the predicted error
 MAX_PRODUCTS = 300
@@ -60,6 +61,10 @@ class InfluenceResult:
     """||(A + damping I)^-1 J delta||. If not ``converged``: the last CG iterate's norm, which is at most that.
     Damping shortens it: it may lie below ``lower_bound`` and ``cg_bound``, which bound the I2F without damping. Of the
     three the largest is the best lower bound of that I2F."""
+    upper_bound: Magnitude
+    """The damped I2F is at most this: with ``influence`` an interval that holds however early the solve stopped, up to
+    the rounding of the products (Gauss-Radau quadrature; ``linops.multishift_cg``). The error vector is then known to
+    sqrt(1 - (influence / upper_bound)^2) of its length. Infinite where the dtype does not tell the damping from 0."""
     lower_bound: Magnitude
     """I_lb = ||J delta|| / lambda_max(A) (eq. 5), a lower bound of the undamped I2F. Divided by the upper end of the
     eigenvalue's bracket, so that it is a bound except with ``failure_probability``."""
@@ -77,7 +82,7 @@ class InfluenceResult:
     residual: float
     """||b - (A + damping I) z|| / ||b|| of the solution z."""
     converged: bool
-    """Whether the residual met the tolerance."""
+    """Whether the residual met the tolerance, and ``upper_bound``, unless infinite, lies within ten times that."""
     products: int
     """Products with A that it rests on: of its Krylov run, and of the run that brackets lambda_max where that is
     another. All results of a sweep share them."""
@@ -115,7 +120,7 @@ class InfluenceSolver:
     Args:
         jacobian: J, or J_c for the cosine attacker.
         prior: What the attacker may assume of x.
-        tol: Relative residual of solves.
+        tol: Relative residual of solves; the interval of I2F is narrowed to ten times that.
         max_products: Most products with A per Krylov run.
         seed: Seed of the noise, from whose response lambda_max is bracketed as well.
     """
@@ -268,7 +273,8 @@ class PerturbationResponse:
         own = perturbation is solver.noise()
         run = solver.noise_run if own else Krylov(solver.operator, solver.response(perturbation))
         self.norm = run.start_norm
-        needed = extend_krylov(run, dampings, tol=solver.tol, max_products=solver.max_products)
+        settings = {"tol": solver.tol, "width": ENCLOSURE * solver.tol, "max_products": solver.max_products}
+        needed = extend_krylov(run, dampings, **settings)
         # As long as these dampings need, and no longer: other calls may have continued the run, or will.
         self.krylov = run.after(max(needed, self.bracket.iterations) if own else needed)
         # Damping 0 is read from the run the others needed: certified lower bounds, rarely a converged solution.
@@ -286,10 +292,12 @@ class PerturbationResponse:
         Returns:
             The influence with its bounds.
         """
-        (solved,) = krylov_solve(self.krylov, [damping], tol=self.solver.tol)
+        tol = self.solver.tol
+        (solved,) = krylov_solve(self.krylov, [damping], tol=tol, width=ENCLOSURE * tol)
         dx, bracket = self.solver.jacobian.dx, self.bracket
         return InfluenceResult(
             influence=magnitude(scale * solved.norm, dx),
+            upper_bound=magnitude(scale * solved.upper_bound if scale else 0.0, dx),
             lower_bound=magnitude(scale * self.norm / bracket.upper if bracket.upper else 0.0, dx),
             cg_bounds=tuple(scale * bound for bound in self.bounds),
             lambda_max=bracket.upper,

@@ -252,6 +252,37 @@ def solve_tridiagonal(alpha: np.ndarray, beta: np.ndarray, right: np.ndarray) ->
     return solveh_banded(np.vstack([alpha, np.append(beta, 0.0)]), right, lower=True)
 
 
+def radau_rule(alpha: np.ndarray, beta: np.ndarray, beta_last: float, edge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Extend T by a row that makes ``edge`` an eigenvalue: the Gauss-Radau rule with a node there.
+
+    (T_k - edge I) d = beta_k^2 e_k, new diagonal entry edge + d_k (Golub and Meurant, Matrices, Moments and Quadrature
+    with Applications, 2010, chapter 6). For functions whose derivatives alternate in sign, 1 / (x + s)^2 among them,
+    the rule of T lies below the integral and this one above it, for any edge below the spectrum.
+
+    Args:
+        alpha: (k,) diagonal of T.
+        beta: (k - 1,) off-diagonal of T.
+        beta_last: beta_k.
+        edge: Below the smallest eigenvalue of A.
+
+    Returns:
+        (k + 1,) diagonal and (k,) off-diagonal.
+    """
+    last = np.eye(1, len(alpha), len(alpha) - 1)[0]
+    corner = edge + beta_last**2 * solve_tridiagonal(alpha - edge, beta, last)[-1]
+    return np.append(alpha, corner), np.append(beta, beta_last)
+
+
+def spectrum_edge(krylov: Krylov, smallest: float) -> float:
+    """Return a number just below the spectrum of A, so that T - edge I is positive definite also when A is singular.
+
+    Args:
+        krylov: The run.
+        smallest: Its smallest Ritz value.
+    """
+    return min(smallest, 0.0) - 16 * krylov.rounding
+
+
 def refuse_negative_curvature(value: float, operator: LinearOperator, scale: float) -> None:
     """Refuse a Rayleigh quotient that is negative beyond rounding.
 

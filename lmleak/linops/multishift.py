@@ -8,7 +8,13 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from lmleak.linops.base import LinearOperator
-from lmleak.linops.lanczos import Krylov, refuse_negative_curvature, solve_tridiagonal
+from lmleak.linops.lanczos import (
+    Krylov,
+    radau_rule,
+    refuse_negative_curvature,
+    solve_tridiagonal,
+    spectrum_edge,
+)
 from lmleak.linops.solve import RESOLUTION, SolveResult, StopReason, checked_settings
 
 
@@ -26,6 +32,10 @@ def multishift_cg(
     ends when every damping meets ``tol``. A singular A with damping 0 is solved in its range when b lies there
     (pseudo-inverse); the run ends by itself when the range is exhausted. Stores V, k n numbers: where that is too
     much, ``conjugate_gradient`` stores four vectors. Refuses what ``lanczos`` refuses, with the same errors.
+
+    ``upper_bound`` is a Gauss-Radau rule of the run for (x + s)^-2 with its node just below the spectrum (Golub and
+    Meurant 2010): with the last of ``lower_bounds`` it encloses the norm at any length of the run, in exact arithmetic
+    without condition. It is infinite where the dtype does not tell s from zero.
 
     The residual is that of the Lanczos relation, |beta_k y_k|, never below the rounding floor epsilon ||A|| ||y|| that
     a recomputed one would show.
@@ -69,13 +79,17 @@ def multishift_krylov(
     return krylov
 
 
-def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, max_products: int = 500) -> int:
+def extend_krylov(
+    krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, width: float = math.inf, max_products: int = 500
+) -> int:
     """Continue a run until it is long enough for these dampings.
 
     Args:
         krylov: A run started at b, of any length.
         dampings: The shifts s >= 0 that decide when to stop.
         tol: Relative residual to reach for each.
+        width: Relative width to reach of the interval from ||x|| to ``upper_bound`` as well, where that is finite. A
+            small residual does not make it narrow: at a damping of 1e-6 ||A|| one of 1e-3 left norms 2 % short.
         max_products: Most products of the run, those already spent included.
 
     Returns:
@@ -91,7 +105,7 @@ def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-
             resolved = smallest + norms.damping >= _floor(run)
             if resolved:
                 norms.step(alpha, beta_before)
-            if not resolved or run.beta_last * abs(norms.last_component) <= tol:
+            if not resolved or (run.beta_last * abs(norms.last_component) <= tol and norms.enclosed(run, width)):
                 unfinished.remove(norms)
         return not unfinished
 
@@ -102,13 +116,16 @@ def extend_krylov(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-
     return min(krylov.dimension, max_products)
 
 
-def krylov_solve(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6) -> list[SolveResult]:
+def krylov_solve(
+    krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6, width: float = math.inf
+) -> list[SolveResult]:
     """Read the solutions for more dampings from a finished run, without a product.
 
     Args:
         krylov: A run that started from b.
         dampings: The shifts s >= 0.
         tol: Relative residual below which a result counts as converged.
+        width: As in ``extend_krylov``: what else a converged result must meet.
 
     Returns:
         One result per damping, as ``multishift_cg`` gives; ``converged`` is False where the run is too short.
@@ -125,7 +142,7 @@ def krylov_solve(krylov: Krylov, dampings: Sequence[float], *, tol: float = 1e-6
             coefficients[:k, column] = krylov.start_norm * solve_tridiagonal(alpha[:k] + shift, betas[: k - 1], unit)
     solutions = krylov.combine(coefficients).T  # (S, n)
     return [
-        _read(krylov, alpha[:k], betas[:k], shift, solution.clone(), tol)
+        _read(krylov, alpha[:k], betas[:k], shift, solution.clone(), tol, width)
         for shift, k, solution in zip(shifts, steps, solutions, strict=True)
     ]
 
@@ -160,6 +177,13 @@ class _IterateNorms:
         self.norms.append(max(math.sqrt(squared + gained), self.norms[-1] if self.norms else 0.0))
         self.last_component = zeta
 
+    def enclosed(self, krylov: Krylov, width: float) -> bool:
+        """Return whether the last norm and the upper bound, where there is one, agree to a relative width."""
+        if width == math.inf:
+            return True
+        upper = _radau_norm(krylov, krylov.alpha, np.append(krylov.beta, krylov.beta_last), self.damping)
+        return upper == math.inf or upper <= (1 + width) * self.norms[-1]
+
 
 def _resolved_steps(krylov: Krylov, alpha: np.ndarray, betas: np.ndarray, shift: float) -> int:
     """Return the largest k at which the smallest eigenvalue of T_k + s I stands above rounding.
@@ -186,31 +210,50 @@ def _floor(krylov: Krylov) -> float:
 
 
 def _read(
-    krylov: Krylov, alpha: np.ndarray, betas: np.ndarray, shift: float, solution: Tensor, tol: float
+    krylov: Krylov, alpha: np.ndarray, betas: np.ndarray, shift: float, solution: Tensor, tol: float, width: float
 ) -> SolveResult:
     """Assemble the result of one damping at dimension k = len(alpha)."""
     if krylov.start_norm == 0:
-        return SolveResult(solution, 0.0, 0.0, 0, 0, True, (), shift, StopReason.TOLERANCE)
+        return SolveResult(solution, 0.0, 0.0, 0, 0, True, (), shift, StopReason.TOLERANCE, 0.0)
     run = _IterateNorms(shift)
     for row, diagonal in enumerate(alpha):
         run.step(float(diagonal), float(betas[row - 1]) if row else 0.0)
     lanczos_residual = float(betas[-1]) * abs(run.last_component) if len(alpha) else 1.0
     residual = max(lanczos_residual, krylov.rounding * run.norms[-1]) if len(alpha) else 1.0
-    if residual <= tol:
+    bounds = tuple(krylov.start_norm * norm for norm in run.norms)
+    upper = max(krylov.start_norm * _radau_norm(krylov, alpha, betas, shift), bounds[-1] if bounds else 0.0)
+    enclosed = upper == math.inf or upper <= (1 + width) * bounds[-1]
+    if residual <= tol and enclosed:
         stopped = StopReason.TOLERANCE
-    elif len(alpha) < krylov.dimension or lanczos_residual <= tol:
+    elif len(alpha) < krylov.dimension or (lanczos_residual <= tol and enclosed):
         stopped = StopReason.PRECISION
     else:
         stopped = StopReason.MAX_PRODUCTS
-    bounds = tuple(krylov.start_norm * norm for norm in run.norms)
     return SolveResult(
         solution=solution,
         norm=bounds[-1] if bounds else 0.0,
         residual=residual,
         iterations=len(bounds),
         products=krylov.dimension,
-        converged=residual <= tol,
+        converged=residual <= tol and enclosed,
         lower_bounds=bounds,
         damping=shift,
         stopped=stopped,
+        upper_bound=upper,
     )
+
+
+def _radau_norm(krylov: Krylov, alpha: np.ndarray, betas: np.ndarray, shift: float) -> float:
+    """Return an upper bound of ||(A + s I)^-1 b|| / ||b||: the square root of the Gauss-Radau rule for (x + s)^-2."""
+    k = len(alpha)
+    if not k:
+        return math.inf
+    smallest = eigvalsh_tridiagonal(alpha, betas[:-1], select="i", select_range=(0, 0))[0]
+    if krylov.exhausted and k == krylov.dimension:  # nothing is left to be seen
+        diagonal, beside, lowest = alpha, betas[:-1], smallest
+    else:
+        lowest = spectrum_edge(krylov, smallest)
+        diagonal, beside = radau_rule(alpha, betas[:-1], betas[-1], lowest)
+    if lowest + shift < _floor(krylov):
+        return math.inf
+    return float(np.linalg.norm(solve_tridiagonal(diagonal + shift, beside, np.eye(1, len(diagonal))[0])))

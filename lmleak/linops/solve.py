@@ -55,6 +55,8 @@ class SolveResult:
     """The one that was used."""
     stopped: StopReason
     """Why the run ended here."""
+    upper_bound: float = math.inf
+    """||(A + damping I)^-1 b|| is at most this, up to rounding; multi-shift runs know it, other solvers do not."""
 
     def require_converged(self) -> "SolveResult":
         """Return itself, or raise ConvergenceError with the residual and the advice."""

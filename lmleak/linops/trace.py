@@ -17,7 +17,14 @@ from torch import Tensor
 
 from lmleak.errors import ConfigError, ConvergenceError
 from lmleak.linops.base import DENSE_LIMIT, LinearOperator, require_positive_semidefinite
-from lmleak.linops.lanczos import Krylov, lanczos, random_start, refuse_negative_curvature, solve_tridiagonal
+from lmleak.linops.lanczos import (
+    Krylov,
+    lanczos,
+    radau_rule,
+    random_start,
+    refuse_negative_curvature,
+    spectrum_edge,
+)
 
 
 @dataclass(frozen=True)
@@ -231,18 +238,13 @@ def _quadrature(krylov: Krylov) -> Quadrature:
     values, vectors = krylov.ritz_pairs()
     refuse_negative_curvature(values[0], krylov.operator, krylov.scale)
     gauss = (values.clip(min=0), vectors[0] ** 2)
-    # The edge sits just below the spectrum, so that T - edge I stays positive definite when A is singular.
-    edge = min(values[0], 0.0) - 16 * krylov.rounding
-    radau = gauss if krylov.exhausted else _radau(krylov.alpha, krylov.beta, krylov.beta_last, edge)
+    radau = gauss if krylov.exhausted else _radau(krylov, values[0])
     return Quadrature(*(torch.from_numpy(np.array(a)) for a in (*gauss, *radau)), norm_squared=krylov.start_norm**2)
 
 
-def _radau(alpha: np.ndarray, beta: np.ndarray, beta_last: float, edge: float) -> tuple[np.ndarray, np.ndarray]:
-    # T_{k+1} with its last diagonal entry chosen to make ``edge`` an eigenvalue (Golub and Meurant 2010, chapter 6):
-    # (T_k - edge I) d = beta_k^2 e_k, last entry = edge + d_k.
-    last = np.eye(1, len(alpha), len(alpha) - 1)[0]
-    corner = edge + beta_last**2 * solve_tridiagonal(alpha - edge, beta, last)[-1]
-    values, vectors = eigh_tridiagonal(np.append(alpha, corner), np.append(beta, beta_last))
+def _radau(krylov: Krylov, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+    edge = spectrum_edge(krylov, smallest)
+    values, vectors = eigh_tridiagonal(*radau_rule(krylov.alpha, krylov.beta, krylov.beta_last, edge))
     return values.clip(min=0), vectors[0] ** 2
 
 

@@ -64,6 +64,7 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defense_entry(name: str, rows: Sequence[Row], metric: str, seed: int) -> dict[str, Any]:
     attacks = {attack: _attack_entry(rows, attack, seed) for attack in attack_names(rows)}
+    upper = numbers(rows, "influence_upper_rms")
     ran = {attack: entry for attack, entry in attacks.items() if metric in entry}
     strongest = max(ran, key=lambda attack: (ran[attack][metric]["mean"], ran[attack][metric]["worst"]), default=None)
     return {
@@ -74,6 +75,7 @@ def _defense_entry(name: str, rows: Sequence[Row], metric: str, seed: int) -> di
         "examples": len(rows),
         "unconverged": {field: sum(row.get(flag) is False for row in rows) for field, flag in CONVERGED.items()},
         **{field: _spread(numbers(rows, field)) for field in PREDICTIONS},
+        "influence_upper_rms": _spread(upper) if len(upper) == len(rows) else None,
         "strongest_attack": strongest,
         "attacks": ran,
         "refused": {attack: refused for attack in attacks if (refused := _refusals(rows, attack))},
@@ -201,7 +203,8 @@ def prediction_cell(entry: Mapping[str, Any], field: str) -> str:
     """Return a defense's median of a prediction, marked where an iteration behind it stopped short of convergence.
 
     "≥" marks I2F: it is then the norm of a conjugate-gradient iterate, a lower bound on the solution's, and the
-    median of lower bounds is a lower bound on the median. "≈" marks the others, which are bounded on neither side.
+    median of lower bounds is a lower bound on the median; "≤" follows likewise. "≈" marks
+    the others, which are bounded on neither side.
 
     Args:
         entry: One entry of ``summary["defenses"]``.
@@ -214,4 +217,7 @@ def prediction_cell(entry: Mapping[str, Any], field: str) -> str:
         return "–"
     median = entry[field]["median"]
     early = entry["unconverged"].get(field) and median > 0
-    return ("≥ " if field == "influence_rms" else "≈ ") * bool(early) + compact(median)
+    if not early or field != "influence_rms":
+        return "≈ " * bool(early) + compact(median)
+    upper = entry.get("influence_upper_rms")
+    return f"≥ {compact(median)}" + (f", ≤ {compact(upper['median'])}" if upper else "")

@@ -58,6 +58,13 @@ def test_chain_of_bounds(name, problems):
         damped = inversion_influence(adapter, batch, perturbation=delta, damping=damping)
         assert damped.influence.l2 <= exact * slack
         assert damped.converged
+        identity = torch.eye(len(a), dtype=torch.float64)
+        true = torch.linalg.solve(a + damping * identity, b).norm().item()
+        for products in (2, 6):  # stopped early: an interval is left
+            early = inversion_influence(adapter, batch, perturbation=delta, damping=damping, max_products=products)
+            assert early.influence.l2 <= true * slack
+            assert true <= early.upper_bound.l2 * slack
+        assert damped.influence.l2 <= true * slack <= damped.upper_bound.l2 * slack**2 < 1.011 * true
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "roberta"])
