@@ -142,6 +142,7 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
         figures |= {"lambda_max": bracket.upper, "bound_l2": noise_std * bound, "bound_converged": bracket.converged}
         cost("bound", bound_seconds, bracket.iterations)
         figures["bound_seen_products"] = products_within(solver.noise_run, bracket.value, BOUND_TOLERANCE)
+        figures["bound_likely_products"] = products_likely(solver.noise_run)
         damping = RELATIVE_DAMPING * bracket.value
     if "certified" in pieces:
         run = lambda: lanczos(solver.operator, solver.response(noise), max_products=CERTIFIED_PRODUCTS)
@@ -150,8 +151,11 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
         figures["certified_over_bound"] = undamped.lower_bounds[-1] / bound
         cost("certified", setup_seconds + seconds, krylov.dimension)
     if {"damped", "sweep"} & set(pieces):
-        seconds, ((result,),) = timed(lambda: solver_to(RESIDUAL).sweep([noise_std], [damping]))
+        solver = solver_to(RESIDUAL)
+        seconds, ((result,),) = timed(lambda: solver.sweep([noise_std], [damping]))
         figures |= {"damped_rms": result.influence.rms, "residual": result.residual, "converged": result.converged}
+        figures["damped_width"] = result.upper_bound.l2 / result.influence.l2 - 1
+        figures["damped_enclosed_products"] = products_enclosed(solver.noise_run, damping)
         cost("damped", setup_seconds + seconds, result.products)
     if "sweep" in pieces:
         levels, dampings = [noise_std * 10**k for k in range(-4, 4)], [damping * 10**k for k in range(4)]
@@ -174,6 +178,28 @@ def products_within(krylov, value: float, tol: float) -> int:
     """Return after how many products the largest Ritz value lay within ``tol`` of the one that the run ended with."""
     tops = ((k, eigvalsh_tridiagonal(krylov.alpha[:k], krylov.beta[: k - 1])[-1]) for k in count(1))
     return next(k for k, top in tops if top >= (1 - tol) * value)
+
+
+def products_likely(krylov) -> int | None:
+    """Return after how many products lambda_max was bracketed to 1 % except with probability 0.05."""
+    from lmleak.linops import top_eigenvalue_from_image
+
+    bracket = lambda k: top_eigenvalue_from_image(
+        krylov.after(k), max_products=k, tol=BOUND_TOLERANCE, failure_probability=0.05
+    )
+    brackets = (bracket(k) for k in range(1, krylov.dimension + 1))
+    return next((k for k, bracket in enumerate(brackets, 1) if bracket.converged), None)
+
+
+def products_enclosed(krylov, damping: float) -> int | None:
+    """Return after how many products the damped I2F was enclosed to 1 %."""
+    from lmleak.linops import krylov_solve
+
+    for k in range(1, krylov.dimension + 1):
+        (found,) = krylov_solve(krylov.after(k), [damping])
+        if found.upper_bound <= (1 + BOUND_TOLERANCE) * found.norm:
+            return k
+    return None
 
 
 def noise_response(solver, noise_std: float) -> Tensor:

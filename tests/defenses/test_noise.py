@@ -171,14 +171,19 @@ def one_draw(name, shape, seed, distribution):
     return -w.sign() * torch.log1p(-w.abs()) / 2**0.5
 
 
+def assert_same(noise, expected):
+    """Up to the last digits of log, cos and sin, of which torch has two implementations."""
+    torch.testing.assert_close(noise, expected, rtol=8 * torch.finfo(noise.dtype).eps, atol=1e-15)
+
+
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
 def test_noise_in_pieces_is_that_of_one_draw(distribution, monkeypatch):
     """Around every length at which torch draws another way; float32 is the same rounded."""
     monkeypatch.setattr("lmleak.defenses.noise.PIECE", 32)
     for shape in [(), (0,), (1,), (15,), (16,), (31,), (32,), (33,), (63,), (64,), (65,), (7, 11), (4, 5, 8), (1000,)]:
         expected = one_draw("a.weight", shape, 3, distribution)
-        assert torch.equal(unit_noise("a.weight", shape, torch.float64, 3, distribution), expected)
-        assert torch.equal(unit_noise("a.weight", shape, torch.float32, 3, distribution), expected.float())
+        assert_same(unit_noise("a.weight", shape, torch.float64, 3, distribution), expected)
+        assert_same(unit_noise("a.weight", shape, torch.float32, 3, distribution), expected.float())
 
 
 def test_large_noise_is_that_of_one_draw_and_holds_little_more_than_itself():
@@ -194,5 +199,5 @@ def test_large_noise_is_that_of_one_draw_and_holds_little_more_than_itself():
 
     with Largest():
         noise = unit_noise("table", shape, torch.float32, 0)
-    assert torch.equal(noise, one_draw("table", shape, 0, "gaussian").float())
+    assert_same(noise, one_draw("table", shape, 0, "gaussian").float())
     assert PIECE <= largest < 2 * PIECE < noise.numel()

@@ -20,9 +20,12 @@ class WatchedNoise(UnitNoise):
         super().__init__(*arguments)
         self.drawn, self.most_alive = [], 0
 
-    def __getitem__(self, name):
+    def alive(self):
         kept = [tensor for reference in self.drawn if (tensor := reference()) is not None]
-        self.most_alive = max(self.most_alive, sum(tensor.numel() for tensor in kept))
+        return sum(tensor.numel() for tensor in kept)
+
+    def __getitem__(self, name):
+        self.most_alive = max(self.most_alive, self.alive())
         noise = super().__getitem__(name)
         if noise.dim() > 1:
             self.drawn.append(weakref.ref(noise))
@@ -50,7 +53,7 @@ def test_a_product_with_noise_holds_few_weights_noise_at_a_time(threads, monkeyp
     product = jacobian.matvec(noise)
     assert len(noise.drawn) > 9
     largest = max(shape.numel() for shape in jacobian.parameter_shapes.values())
-    assert noise.most_alive <= (threads + 1) * largest  # the one in use, and those drawn ahead
+    assert noise.most_alive <= (threads + 2) * largest  # those drawn ahead, the one in use and the one before it
     held = dict(WatchedNoise(jacobian.parameter_shapes, jacobian.dtype, 0))
     assert torch.equal(product, jacobian.matvec(held))
 
