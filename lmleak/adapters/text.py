@@ -74,7 +74,8 @@ class TextAdapter(ModelAdapter):
                 f"{tuple(looked_up.shape)}: a wrong x, or a model that rearranges its input"
             )
         # The difference is zero in value and carries the derivative of the looked-up rows.
-        return self._x + (looked_up - looked_up.detach()) if self._through_lookup else self._x
+        x = self._x.clone()  # for models that write into what they were given
+        return x + (looked_up - looked_up.detach()) if self._through_lookup else x
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the embedding module's output for token ids of any shape, (..., D)."""

@@ -91,7 +91,7 @@ class VisionAdapter(ModelAdapter):
         """Return the logits (B, classes)."""
         keep_precision = KeepDouble() if self.dtype == torch.float64 else nullcontext()
         with keep_precision:
-            output = torch.func.functional_call(self.model, dict(parameters or {}), (x,))
+            output = torch.func.functional_call(self.model, dict(parameters or {}), (x.clone(),))  # some write into it
         return getattr(output, "logits", output)
 
     def loss(

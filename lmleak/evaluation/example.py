@@ -224,6 +224,7 @@ def _risk(response: PerturbationResponse, release: Release, damping: float, *, s
     """Return the risk numbers of one release as a row holds them."""
     solver = response.solver
     result = response.influence(damping, scale=scale)
+    enclosed = math.isfinite(result.upper_bound.rms)
     noise_std = release.noise_std or release.rms
     predicted = response.predicted_error(noise_std, scale=scale) if release.additive and noise_std > 0 else None
     # Below the default damping nothing is resolved, and a share read there would be too small.
@@ -236,8 +237,8 @@ def _risk(response: PerturbationResponse, release: Release, damping: float, *, s
         "cg_bound_rms": result.cg_bound.rms,
         "influence_l2": result.influence.l2,
         "influence_rms": result.influence.rms,
-        "influence_upper_rms": result.upper_bound.rms if math.isfinite(result.upper_bound.rms) else None,
-        "influence_converged": result.converged,
+        "influence_upper_rms": result.upper_bound.rms if enclosed else None,
+        "influence_converged": result.converged and enclosed,
         "influence_residual": result.residual,
         "damping": result.damping,
         "lambda_max": result.lambda_max,

@@ -166,7 +166,8 @@ def compact_functions(model: nn.Module):
     def compact(module, arguments, output):
         if len(arguments) != 1 or not (arguments[0].requires_grad and torch.is_grad_enabled()):
             return None
-        return Elementwise.apply(arguments[0], output.detach(), *_derivatives(module, arguments[0].detach()))
+        y, first, second = _derivatives(module, arguments[0].detach())
+        return Elementwise.apply(arguments[0], y, first, second) if torch.equal(y, output) else None
 
     handles = [module.register_forward_hook(compact, prepend=True) for module in model.modules() if _smooth(module)]
     try:
@@ -185,10 +186,11 @@ def _smooth(module: nn.Module) -> bool:
     return kind.__module__ in ELEMENTWISE and any(name in kind.__name__.upper() for name in ("GELU", "SILU"))
 
 
-def _derivatives(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f' and f'' at x."""
+def _derivatives(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return f, f' and f'' at x."""
     with torch.enable_grad():
         x = x.requires_grad_()
-        (first,) = torch.autograd.grad(type(module).forward(module, x).sum(), x, create_graph=True)
+        y = type(module).forward(module, x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
-    return first.detach(), second
+    return y.detach(), first.detach(), second

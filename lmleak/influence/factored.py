@@ -43,8 +43,8 @@ class FactoredProducts(Products):
         calls: list[Call] = []
         with recorded(model, self.theta, calls), compact_functions(model), compact_norms(model) as normalised:
             value = loss(self.theta, self.x)
-        uses, reached = edges_of(value, self.theta)
-        makers = makers_of([call for call in calls if call.y.grad_fn in reached], self.theta, normalised)
+        uses, parents = edges_of(value, self.theta)
+        makers = makers_of(calls, self.theta, parents, normalised)
         known = [n for n, found in makers.items() if len(found) == uses[n]]
         outputs = {id(call.y): call.y for n in known for call, _ in makers[n]}
         self.by_autodiff = tuple(n for n in self.theta if n not in known and uses.get(n, 0))

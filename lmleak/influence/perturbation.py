@@ -44,7 +44,8 @@ class _DrawnAhead(ItemsView):
     """Noise in order, drawn by as many threads as torch has.
 
     Behind a large parameter that is waited for, the threads go on with the small ones after it: up to ``QUEUED`` per
-    thread. With the one in use they hold as many numbers as the largest parameter, times the threads and one.
+    thread. With the one in use they hold as many numbers as the largest parameter, times the threads and one; who asks
+    for the next before letting go of the last holds that as well.
     """
 
     QUEUED = 4

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lmleak.adapters.precision import KeepDouble
@@ -17,7 +19,14 @@ from lmleak.adapters.structure import is_linear, replaced_forward
 from lmleak.influence.convolutions import CONVOLUTIONS, convolution_factor
 from lmleak.influence.factors import Factor, LinearFactor, RowFactor, ScaleFactor, SumFactor
 
+Parents = dict[Node, list[tuple[Node, int]]]
+"""Per node of a graph, who uses which of its outputs."""
 PLAIN_CONVOLUTIONS = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
+
+
+def close(a: Tensor, b: Tensor, roundings: float) -> bool:
+    """Return whether two tensors agree to so many roundings of their norm."""
+    return bool((a - b).norm() <= roundings * torch.finfo(b.dtype).eps * b.norm())
 
 
 @dataclass
@@ -37,11 +46,19 @@ class Call:
         """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
         return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
 
-    def made_of(self, theta: Mapping[str, Tensor]) -> bool:
-        """Whether the output's graph begins at the input and the module's own parameters, each used once, alone."""
+    def gives(self, known: Callable[[], Tensor]) -> bool:
+        """Whether the output is that of the function that a factor assumes, without hooks and replaced methods."""
+        with torch.no_grad():
+            return close(self.y, known(), 1e3)
+
+    def inside(self, theta: Mapping[str, Tensor]) -> set | None:
+        """Return the nodes that lead to the output, if they begin at the input and at own parameters, each used once.
+
+        None if they begin anywhere else as well.
+        """
         uses = dict.fromkeys((id(theta[name]) for name in self.names.values()), 0)
         unshared = {id(p) for p in self.module._parameters.values()}
-        seen, stack, entered = set(), [self.y.grad_fn], False
+        seen, stack, entered = {self.y.grad_fn}, [self.y.grad_fn], False
         while stack:
             node = stack.pop()
             for following, _ in node.next_functions:
@@ -50,12 +67,21 @@ class Call:
                     uses[id(variable)] += 1
                 elif following is not None and (following is self.x.grad_fn or variable is self.x):
                     entered = True
-                elif variable is not None and id(variable) not in unshared:
-                    return False
+                elif variable is not None:
+                    if id(variable) not in unshared:
+                        return None
                 elif following is not None and following not in seen:
                     seen.add(following)
                     stack.append(following)
-        return entered == self.x.requires_grad and all(count == 1 for count in uses.values())
+        return seen if entered == self.x.requires_grad and all(count == 1 for count in uses.values()) else None
+
+    def made_alone(self, theta: Mapping[str, Tensor], parents: Parents) -> bool:
+        """Whether the output is made of the input and own parameters alone, and nothing but it goes to others."""
+        inside = self.inside(theta)
+        if inside is None:
+            return False
+        leaving = {(node, number) for node in inside for user, number in parents[node] if user not in inside}
+        return leaving <= {(self.y.grad_fn, self.y.output_nr)}
 
 
 @contextmanager
@@ -91,12 +117,15 @@ Maker = Callable[[Call, Tensor], Factor]
 
 
 def makers_of(
-    calls: list[Call], theta: Mapping[str, Tensor], normalised: Mapping[int, tuple[Tensor, Tensor]]
+    calls: list[Call],
+    theta: Mapping[str, Tensor],
+    parents: Parents,
+    normalised: Mapping[int, tuple[Tensor, Tensor]],
 ) -> dict[str, list[tuple[Call, Maker]]]:
     """Return per parameter its uses of a known kind, and how each becomes a factor."""
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
-        if not call.intact or not call.made_of(theta):
+        if call.y.grad_fn not in parents or not call.intact or not call.made_alone(theta, parents):
             continue
         written = normalised.get(id(call.y))
         kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)
@@ -110,24 +139,31 @@ def _kinds(call: Call) -> dict[str, Maker]:
     """Return how the parameters of a module become factors, by their names in the module."""
     module = call.module
     forward = type(module).forward
-    if replaced_forward(module):
+    own = module._parameters
+    precise = [t.dtype for t in (call.x, call.y, *own.values()) if t is not None and t.is_floating_point()]
+    if replaced_forward(module) or len(set(precise)) > 1:
         return {}
     if is_linear(module) and forward in (nn.Linear.forward, Conv1D.forward):
         transposed = not isinstance(module, nn.Linear)
+        weight = own["weight"].T if transposed else own["weight"]
+        if not call.gives(lambda: F.linear(call.x, weight, own["bias"])):
+            return {}
         return {
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
             "bias": lambda call, g: SumFactor(g, axis=-1),
         }
-    if (
-        forward,
-        getattr(type(module), "_conv_forward", None),
-    ) in PLAIN_CONVOLUTIONS and call.x.dim() == module.weight.dim():
+    convolve = getattr(type(module), "_conv_forward", None)
+    if (forward, convolve) in PLAIN_CONVOLUTIONS and call.x.dim() == own["weight"].dim():
+        if not call.gives(lambda: convolve(module, call.x, own["weight"], own["bias"])):
+            return {}
         return {
             "weight": lambda call, g: convolution_factor(module, call.x, g),
             "bias": lambda call, g: SumFactor(g, axis=1),
         }
     plain_lookup = forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq
     if plain_lookup and (module.padding_idx is None or module.padding_idx >= 0):
+        if not call.gives(lambda: F.embedding(call.x, own["weight"])):
+            return {}
         return {
             "weight": lambda call, g: RowFactor(call.x, g, padding=module.padding_idx, count=module.num_embeddings)
         }
@@ -154,7 +190,7 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
 
     def run(parameters):
         with KeepDouble() if weight.dtype == torch.float64 else nullcontext():
-            return torch.func.functional_call(module, parameters, (call.x,))
+            return torch.func.functional_call(module, parameters, (call.x.clone(),))  # some write into it
 
     at_zero = run(zeros)
     if not at_zero.any():  # the usual y = u w + b, not u (1 + w) + b: nothing to differentiate
@@ -162,7 +198,7 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
     u = run(ones) - at_zero
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
     others = [i for i in range(u.dim()) if i != axis % u.dim()]
-    close = lambda a, b, tol: bool((a - b).norm() <= tol * torch.finfo(u.dtype).eps * b.norm())
+    summed = lambda t: t.sum(others) if others else t
     write = lambda w, b: at_zero + u * w.view(along) + (0 if b is None else b.view(along))
     if not close(write(weight, bias), call.y, 1e3):
         return {}  # hooks or settings of the call had a part in the output
@@ -170,10 +206,10 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
     draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     drawn = {n: draw(z).requires_grad_() for n, z in zeros.items()}
     returned, cotangent = run(drawn), draw(u)
-    slope = torch.autograd.grad(returned, drawn["weight"], cotangent, retain_graph=True, allow_unused=True)[0]
-    expected = (u * cotangent).sum(others) if others else u * cotangent
+    slopes = torch.autograd.grad(returned, list(drawn.values()), cotangent, retain_graph=True, allow_unused=True)
+    expected = [summed(u.detach() * cotangent), summed(cotangent)]
     same = close(returned, write(drawn["weight"], drawn.get("bias")), 1e2)
-    if not same or slope is None or not close(slope, expected, 1e3):
+    if not same or not all(s is not None and close(s, e, 1e3) for s, e in zip(slopes, expected, strict=False)):
         return {}  # a module that only looks like a norm; double backward serves
     return _scaled(u, axis)
 
@@ -186,19 +222,24 @@ def _scaled(u: Tensor, axis: int) -> dict[str, Maker]:
     }
 
 
-def edges_of(value: Tensor, theta: Mapping[str, Tensor]) -> tuple[dict[str, int], set]:
-    """Return how often each parameter enters the graph of a value, and the graph's nodes."""
+def edges_of(value: Tensor, theta: Mapping[str, Tensor]) -> tuple[dict[str, int], Parents]:
+    """Return how often each parameter enters the graph of a value, and who uses which output of each of its nodes."""
     names = {id(p): n for n, p in theta.items()}
     counts: dict[str, int] = {}
-    seen, stack = set(), [value.grad_fn]
+    if value.grad_fn is None:
+        return counts, {}
+    parents: Parents = {value.grad_fn: []}
+    stack = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
+        for following, number in node.next_functions:
             variable = getattr(following, "variable", None)
             if variable is not None and id(variable) in names:
                 counts[names[id(variable)]] = counts.get(names[id(variable)], 0) + 1
-            stack.append(following)
-    return counts, seen
+            if following is None:
+                continue
+            if following not in parents:
+                parents[following] = []
+                stack.append(following)
+            parents[following].append((node, number))
+    return counts, parents

@@ -64,7 +64,8 @@ class InfluenceResult:
     upper_bound: Magnitude
     """The damped I2F is at most this: with ``influence`` an interval that holds however early the solve stopped, up to
     the rounding of the products (Gauss-Radau quadrature; ``linops.multishift_cg``). The error vector is then known to
-    sqrt(1 - (influence / upper_bound)^2) of its length. Infinite where the dtype does not tell the damping from 0."""
+    sqrt(1 - (influence / upper_bound)^2) of its length. Both up to about epsilon lambda_max / damping: 1 % at the
+    default damping in float32. Infinite where the dtype does not tell the damping from 0."""
     lower_bound: Magnitude
     """I_lb = ||J delta|| / lambda_max(A) (eq. 5), a lower bound of the undamped I2F. Divided by the upper end of the
     eigenvalue's bracket, so that it is a bound except with ``failure_probability``."""
@@ -82,7 +83,8 @@ class InfluenceResult:
     residual: float
     """||b - (A + damping I) z|| / ||b|| of the solution z."""
     converged: bool
-    """Whether the residual met the tolerance, and ``upper_bound``, unless infinite, lies within ten times that."""
+    """Whether the residual met the tolerance, and ``upper_bound`` lies within ten times that. Where that is infinite the
+    residual alone decides, and directions that the gradient hardly shows may hide: ``influence`` is a lower bound."""
     products: int
     """Products with A that it rests on: of its Krylov run, and of the run that brackets lambda_max where that is
     another. All results of a sweep share them."""

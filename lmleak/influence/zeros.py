@@ -1,5 +1,7 @@
 """A transpose's graph for the price of its structure: while it is built, its values are zero and share one memory."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,14 +39,20 @@ class SharedZeros(TorchDispatchMode):
     def check(self) -> None:
         """Raise UnsupportedModelError if something else than zeros was written."""
         if any(buffer.any() for buffer in self.buffers):
-            raise UnsupportedModelError(
-                "a derivative of this model is not linear in what it multiplies, so that its layers' factors cannot "
-                "be traced; write implementation='autodiff'"
-            )
+            self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise UnsupportedModelError(
+            "a derivative of this model is not linear in what it multiplies, so that its layers' factors cannot "
+            "be traced; write implementation='autodiff'"
+        )
 
     def _shares(self, value: object) -> bool:
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value._is_zerotensor():
+            return False  # without memory to be shared
         pointers = [buffer.untyped_storage().data_ptr() for buffer in self.buffers]
-        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in pointers
+        return value.untyped_storage().data_ptr() in pointers
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -52,6 +60,10 @@ class SharedZeros(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in ("add_", "sub_") and all(given):
             return args[0]  # adding zeros to zeros
+        if name.endswith("_") and self._shares(args[0]) and torch.Tag.inplace_view not in function.tags:
+            written = args[0].clone()  # zeros may lie on top of one another, which torch refuses to write into
+            function(written, *args[1:], **kwargs)
+            return self._refuse() if written.any() else args[0]
         if not any(given) or not _makes_new_tensors(function):
             return function(*args, **kwargs)
         if name in ("mm", "bmm"):

@@ -96,6 +96,12 @@ class Krylov:
         return self._beta[-1] if self._beta else 0.0
 
     @property
+    def beta_open(self) -> float:
+        """beta_k, or what may stick out of a space that counts as exhausted: rounding, if it is not the whole."""
+        hidden = _EXHAUSTED * self.rounding if self.dimension < self.operator.shape[0] else 0.0
+        return hidden if self.exhausted else self.beta_last
+
+    @property
     def next_vector(self) -> Tensor | None:
         """(n,) v_{k+1}, or None when the space is exhausted."""
         return None if self.exhausted else self._rows[self.dimension]

@@ -35,10 +35,11 @@ def multishift_cg(
 
     ``upper_bound`` is a Gauss-Radau rule of the run for (x + s)^-2 with its node just below the spectrum (Golub and
     Meurant 2010): with the last of ``lower_bounds`` it encloses the norm at any length of the run, in exact arithmetic
-    without condition. It is infinite where the dtype does not tell s from zero.
+    without condition, else up to a relative epsilon ||A|| / s. It is infinite where the dtype does not tell s from
+    zero.
 
-    The residual is that of the Lanczos relation, |beta_k y_k|, never below the rounding floor epsilon ||A|| ||y|| that
-    a recomputed one would show.
+    The residual is that of the Lanczos relation, |beta_k y_k|, never below the rounding epsilon ||A|| ||y||, of whose
+    order a recomputed one is.
 
     Args:
         operator: A, tagged positive semidefinite, (n, n).
@@ -89,7 +90,8 @@ def extend_krylov(
         dampings: The shifts s >= 0 that decide when to stop.
         tol: Relative residual to reach for each.
         width: Relative width to reach of the interval from ||x|| to ``upper_bound`` as well, where that is finite. A
-            small residual does not make it narrow: at a damping of 1e-6 ||A|| one of 1e-3 left norms 2 % short.
+            small residual does not make it narrow: at a damping of 1e-6 ||A|| one of 1e-3 left norms 2 % short. Where
+            it is infinite the residual decides when to stop.
         max_products: Most products of the run, those already spent included.
 
     Returns:
@@ -125,13 +127,13 @@ def krylov_solve(
         krylov: A run that started from b.
         dampings: The shifts s >= 0.
         tol: Relative residual below which a result counts as converged.
-        width: As in ``extend_krylov``: what else a converged result must meet.
+        width: As in ``extend_krylov``: what else a converged result must meet, where its interval is finite.
 
     Returns:
         One result per damping, as ``multishift_cg`` gives; ``converged`` is False where the run is too short.
     """
     shifts = checked_settings(dampings, tol, 1)
-    alpha, betas = krylov.alpha, np.append(krylov.beta, krylov.beta_last)
+    alpha, betas = krylov.alpha, np.append(krylov.beta, krylov.beta_open)
     if krylov.dimension:
         refuse_negative_curvature(krylov.smallest_ritz_value(), krylov.operator, krylov.scale)
     steps = [_resolved_steps(krylov, alpha, betas, shift) for shift in shifts]
@@ -181,7 +183,7 @@ class _IterateNorms:
         """Return whether the last norm and the upper bound, where there is one, agree to a relative width."""
         if width == math.inf:
             return True
-        upper = _radau_norm(krylov, krylov.alpha, np.append(krylov.beta, krylov.beta_last), self.damping)
+        upper = _radau_norm(krylov, krylov.alpha, np.append(krylov.beta, krylov.beta_open), self.damping)
         return upper == math.inf or upper <= (1 + width) * self.norms[-1]
 
 
@@ -249,7 +251,7 @@ def _radau_norm(krylov: Krylov, alpha: np.ndarray, betas: np.ndarray, shift: flo
     if not k:
         return math.inf
     smallest = eigvalsh_tridiagonal(alpha, betas[:-1], select="i", select_range=(0, 0))[0]
-    if krylov.exhausted and k == krylov.dimension:  # nothing is left to be seen
+    if betas[-1] == 0:  # nothing is left to be seen
         diagonal, beside, lowest = alpha, betas[:-1], smallest
     else:
         lowest = spectrum_edge(krylov, smallest)
