@@ -21,8 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.cases import markdown, run_cases, shown, table
-from benchmarks.influence import shape_source
+from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
 from benchmarks.influence_measures import clock, load, random_batch
 from benchmarks.product import peak_resident_mib
 from lmleak.influence.factors import LinearFactor
@@ -40,11 +39,11 @@ def main() -> None:
     """Measure every case in a process of its own, print the table and write it beside the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", help="names in configs/models, for load_adapter, or of image models")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128])
-    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8], help="products at once")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", nargs="+", type=whole_number, default=[32, 128])
+    parser.add_argument("--counts", nargs="+", type=whole_number, default=[1, 2, 4, 8], help="products at once")
+    parser.add_argument("--threads", type=whole_number, default=1)
+    parser.add_argument("--repeats", type=whole_number, default=3)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--output", default=None, help="by default runs/benchmarks/block_products-DEVICE.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,13 +59,15 @@ def main() -> None:
         for shape, tokens in chosen or plan
     ]
     output = Path(options.output or f"runs/benchmarks/block_products-{options.device.partition(':')[0]}.jsonl")
-    rows = run_cases("benchmarks.block_products", cases, str(output))
-    titles = ["", "ms of one", *(f"{k} at once" for k in options.counts), "set-up", "MiB of the widest"]
-    lines = [line(row, options.counts) for row in rows]
-    title = "Time of products one by one over that of products at once"
-    Console(width=140).print(table(title, titles, lines))
-    page = markdown(title, titles, lines, rows[-1]["provenance"], __doc__.partition("\n\n")[2])
-    output.with_suffix(".md").write_text(page, encoding="utf-8")
+    with run_cases("benchmarks.block_products", cases, str(output)) as rows:
+        if not rows:
+            return
+        titles = ["", "ms of one", *(f"{k} at once" for k in options.counts), "set-up", "MiB of the widest"]
+        lines = [line(row, options.counts) for row in rows]
+        title = "Time of products one by one over that of products at once"
+        Console(width=140).print(table(title, titles, lines))
+        page = markdown(title, titles, lines, rows[-1]["provenance"], __doc__.partition("\n\n")[2])
+        output.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def line(row: dict, counts: list[int]) -> list[str]:

@@ -1,26 +1,33 @@
 """Running the cases of a benchmark, each in a process of its own so that its peak memory is its own; tables."""
 
+import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from lmleak.adapters.load import REFERENCE_MODELS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_cases(module: str, cases: list[dict], output: str, *, budget: float = float("inf")) -> list[dict]:
-    """Return the figures of all cases, each measured by ``python -m module --case JSON``, which prints them.
+@contextmanager
+def run_cases(module: str, cases: list[dict], output: str, *, budget: float = float("inf")) -> Iterator[list[dict]]:
+    """Give a block the figures of all cases, each measured by ``python -m module --case JSON``, which prints them.
 
     A case that ``output`` holds already, measured at this commit on this machine with these versions, is not measured
     again: an interrupted benchmark goes on where it was. A case that fails is said and left out; the program ends with
-    status 1 where that leaves nothing.
+    status 1 then, after the block has shown what there is.
 
     Args:
         module: The benchmark, whose ``--case`` prints one JSON line per row of figures.
@@ -28,7 +35,7 @@ def run_cases(module: str, cases: list[dict], output: str, *, budget: float = fl
         output: File to which the lines are appended as soon as a case is measured.
         budget: Seconds after which no further case is begun.
 
-    Returns:
+    Yields:
         One dictionary per row: the figures, and under "case" and "provenance" what was measured and where.
     """
     path = Path(output)
@@ -55,10 +62,58 @@ def run_cases(module: str, cases: list[dict], output: str, *, budget: float = fl
         results += rows
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-    kept = [row for case in cases for row in results if row["case"] == case]
-    if failed and not kept:
+    yield [row for case in cases for row in results if row["case"] == case]
+    if failed:
         sys.exit("\n".join(failed))
-    return kept
+
+
+def whole_number(text: str) -> int:
+    """Return a count of the command line: tokens, repeats, threads.
+
+    Args:
+        text: What was written.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no whole number from 1 on.
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
+
+
+def device(text: str) -> str:
+    """Return a device of the command line.
+
+    Args:
+        text: What was written.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is no such device here.
+    """
+    if text != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", text) and torch.cuda.is_available()):
+        here = " or cuda" if torch.cuda.is_available() else ", this machine has no CUDA device"
+        raise argparse.ArgumentTypeError(f"expected cpu{here}; got {text}")
+    return text
+
+
+def shape_source(name: str) -> str:
+    """Return the name of a shape as ``load_adapter`` reads it.
+
+    Args:
+        name: Of an embedded model, a shape in configs/models, or a path.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is none of that name.
+    """
+    known = ROOT / "configs" / "models" / f"{name}.yaml"
+    if known.exists():
+        return str(known.relative_to(ROOT))
+    if name not in REFERENCE_MODELS and not Path(name).exists():
+        shapes = sorted(path.stem for path in known.parent.glob("*.yaml"))
+        raise argparse.ArgumentTypeError(
+            f"no shape {name!r}; there are {', '.join([*REFERENCE_MODELS, *shapes])}, and paths"
+        )
+    return name
 
 
 def measured(path: Path, here: dict) -> list[dict]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.cases import shown, table
+from benchmarks.cases import provenance, shown, table
 from benchmarks.reference import ParameterSpace
 from lmleak.adapters import LeNet, adapt
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
@@ -34,10 +34,10 @@ STEPS, RATE, TOLERANCE = 2000, 0.01, 9e-5
 def main() -> None:
     """Measure every case and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 1.5], help="factors on all weights")
+    parser.add_argument("--scales", nargs="+", type=positive, default=[1.0, 1.5], help="factors on all weights")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 7, 11], help="of weights, image and noise")
-    parser.add_argument("--damping", type=float, default=1e-3)
-    parser.add_argument("--noise-std", type=float, default=1.0)
+    parser.add_argument("--damping", type=positive, default=1e-3)
+    parser.add_argument("--noise-std", type=positive, default=1.0)
     parser.add_argument("--output", default="runs/benchmarks/descent_solve.jsonl")
     options = parser.parse_args()
     path = Path(options.output)
@@ -49,6 +49,13 @@ def main() -> None:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
     Console(width=190).print(as_table(results))
+
+
+def positive(text: str) -> float:
+    """Return a positive number of the command line."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
 
 
 def measure(scale: float, seed: int, damping: float, noise_std: float) -> dict:
@@ -77,7 +84,7 @@ def measure(scale: float, seed: int, damping: float, noise_std: float) -> dict:
         "our_error": ((ours.error.double() - truth).norm() / truth.norm()).item(),
         "descent": descent.norm().item(), "descent_residual": residual, "descent_products": steps,
         "descent_seconds": descent_seconds, "ratio": descent_seconds / our_seconds,
-        "descent_error": ((descent.double() - truth).norm() / truth.norm()).item(), "torch": torch.__version__,
+        "descent_error": ((descent.double() - truth).norm() / truth.norm()).item(), "provenance": provenance(),
     }  # fmt: skip
 
 

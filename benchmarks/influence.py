@@ -30,9 +30,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.cases import ROOT, markdown, run_cases, shown, table
+from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
 from benchmarks.influence_measures import clock, report
-from lmleak.adapters.load import REFERENCE_MODELS
 
 __all__ = ["clock", "report"]
 
@@ -72,13 +71,18 @@ GPU_PLAN = [
 def main() -> None:
     """Run every case in a subprocess, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", help="shape files, names in configs/models, or names for load_adapter")
-    parser.add_argument("--lengths", nargs="+", type=length, help="tokens per text")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_source,
+        help="shape files, names in configs/models, or names for load_adapter",
+    )
+    parser.add_argument("--lengths", nargs="+", type=whole_number, help="tokens per text")
     parser.add_argument("--pieces", nargs="+", choices=PIECES, help="what is measured")
     parser.add_argument("--all", action="store_true", help="all shapes, lengths and pieces that are not chosen")
     parser.add_argument("--fit", action="store_true", help="sweep length, layers, width and batch, and fit slopes")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=whole_number, default=2, help="CPU threads")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     parser.add_argument("--output", default=None, help="JSON lines; by default runs/benchmarks/influence-DEVICE.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -95,17 +99,19 @@ def main() -> None:
         run_fit(options)
         return
     output = Path(options.output or f"runs/benchmarks/influence-{options.device.partition(':')[0]}.jsonl")
-    rows = run_cases("benchmarks.influence", cases_of(options), str(output), budget=options.budget)
-    if not rows:
-        return
-    for row in rows:
-        if "skipped" in row:
-            report(f"{row['shape']}, {row['tokens']} tokens: skipped, {row['skipped']}")
-    merged = by_shape_and_length(rows)
-    titles, lines = turned(merged)
-    Console(width=200).print(table("Cost of the risk numbers († extrapolated)", titles, lines))
-    page = markdown("Cost of the risk numbers", titles, lines, rows[-1]["provenance"], notes(merged))
-    output.with_suffix(".md").write_text(page, encoding="utf-8")
+    with run_cases("benchmarks.influence", cases_of(options), str(output), budget=options.budget) as rows:
+        if not rows:
+            return
+        for row in rows:
+            if "skipped" in row:
+                report(f"{row['shape']}, {row['tokens']} tokens: skipped, {row['skipped']}")
+        merged = by_shape_and_length(rows)
+        if not merged:
+            raise SystemExit("nothing was measured")
+        titles, lines = turned(merged)
+        Console(width=200).print(table("Cost of the risk numbers († extrapolated)", titles, lines))
+        page = markdown("Cost of the risk numbers", titles, lines, rows[-1]["provenance"], notes(merged))
+        output.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def cases_of(options: argparse.Namespace) -> list[dict]:
@@ -131,31 +137,6 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
     ]  # fmt: skip
 
 
-def shape_source(name: str) -> str:
-    """Return the name of a shape as ``load_adapter`` reads it.
-
-    Args:
-        name: Of an embedded model, a shape in configs/models, or a path.
-
-    Raises:
-        SystemExit: If there is none of that name.
-    """
-    known = ROOT / "configs" / "models" / f"{name}.yaml"
-    if known.exists():
-        return str(known.relative_to(ROOT))
-    if name not in REFERENCE_MODELS and not Path(name).exists():
-        shapes = sorted(path.stem for path in known.parent.glob("*.yaml"))
-        raise SystemExit(f"no shape {name!r}; there are {', '.join([*REFERENCE_MODELS, *shapes])}, and paths")
-    return name
-
-
-def length(text: str) -> int:
-    """Return a number of tokens of the command line."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of tokens from 1 on, got {text}")
-    return int(text)
-
-
 def by_shape_and_length(rows: list[dict]) -> list[dict]:
     """Return the figures of all processes of one shape and length as one row each, with ratios between them."""
     merged: dict[tuple, dict] = {}
@@ -172,6 +153,8 @@ def by_shape_and_length(rows: list[dict]) -> list[dict]:
                 row[f"{piece}_cost"] = f"{shown(row[f'{piece}_gradients'])}*"
             elif f"{piece}_gradients" in row:
                 row[f"{piece}_cost"] = row[f"{piece}_gradients"]
+        if "effective_rank" in row:
+            row["rank_shown"] = shown(row["effective_rank"]) + "*" * (not row["effective_rank_converged"])
         if "eigsh_seconds" in row and "bound_seconds" in row:
             row["eigsh_speedup"] = row["eigsh_seconds"] / row["bound_seconds"]
             if row["device"] == "cpu":
@@ -194,6 +177,7 @@ LINES = {
     "damped I2F, products until enclosed to 1 %": "damped_enclosed_products",
     "sweep over one solve": "sweep_ratio", "expected I2F": "expected_cost",
     "expected I2F, products": "expected_products", "expected I2F, relative s.e.": "expected_relative_error",
+    "effective rank": "rank_shown", "effective rank, s.e.": "effective_rank_std_error",
     "peak GiB, gradient": "gradient_peak_gib", "peak GiB, I_lb": "bound_peak_gib",
     "peak GiB, damped I2F": "damped_peak_gib", "eigsh, s": "eigsh_seconds", "eigsh, calls": "eigsh_calls",
     "eigsh, peak GiB": "eigsh_peak_gib", "eigsh over I_lb, seconds": "eigsh_speedup",
@@ -210,7 +194,8 @@ product: one A v; J delta: drawing the seeded noise on the CPU included; I_lb: s
 certified except with probability 1e-3; until within 1 %: products after which its value was that near to where the
 run ended, as is known then; at 95 %: products after which it is certified except with probability 0.05; damped: I2F at
 1e-4 lambda_max to a residual of 1e-3 and an interval of at most 1 %, everything included; until enclosed to 1 %:
-products after which its interval was that narrow; expected: 2 probes of 80 products, s.e. relative. peak GiB: of the
+products after which its interval was that narrow; expected: 2 probes of 80 products, s.e. relative; effective rank: of
+dx, at noise of the gradient's root mean square, from the same products. peak GiB: of the
 whole process up to and with what is named (on a GPU: of its memory; eigsh: of both).
 Published algorithm: eigsh over parameter space, to machine precision as in the released code; fixed-step descent.
 † extrapolated: the measured seconds of one step times the published number of steps (descent 2,000; dlg and tag 2,500,

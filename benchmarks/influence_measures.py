@@ -169,6 +169,8 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
         figures |= {
             "expected_rms": average.response.rms, "expected_converged": average.response_converged,
             "expected_relative_error": average.response_std_error / average.response.rms,
+            "effective_rank": average.effective_rank, "effective_rank_std_error": average.effective_rank_std_error,
+            "effective_rank_converged": average.bayes_converged,
         }  # fmt: skip
         cost("expected", setup_seconds + seconds, spectrum.products)
     return figures

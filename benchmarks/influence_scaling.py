@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from scipy.special import stdtrit
 
-from benchmarks.cases import markdown, run_cases, table
+from benchmarks.cases import markdown, run_cases, shape_source, table
 
 CENTRE = {"tokens": 64, "batch": 1, "layers": 4, "width": 256}
 AXES = {
@@ -34,8 +34,6 @@ def run_fit(options) -> None:
     Args:
         options: The command line of benchmarks.influence.
     """
-    from benchmarks.influence import shape_source
-
     output = Path(options.output or f"runs/benchmarks/influence-scaling-{options.device.partition(':')[0]}.jsonl")
     (shape,) = options.shapes or ["bert-base"]
     pieces = options.pieces or ["product", "bound"]
@@ -47,18 +45,18 @@ def run_fit(options) -> None:
         for i, point in enumerate(points)
         if point not in points[:i]
     ]  # fmt: skip
-    rows = run_cases("benchmarks.influence", cases, str(output), budget=options.budget)
-    if not rows:
-        return
-    titles = ["", *(f"over {axis} ({min(values)} to {max(values)})" for axis, values in axes.items())]
-    lines = [[title, *(described(rows, axis, key) for axis in axes)] for title, key in COSTS.items()]
-    Console(width=200).print(table(f"Slopes of log-log fits, {shape}", titles, lines))
-    notes = (
-        f"Slopes of log(cost) over log(axis) around {CENTRE} in the {shape} shape, with 95 % intervals and the number "
-        f"of points; device {options.device}, {options.threads} threads."
-    )
-    page = markdown("Scaling of the risk numbers", titles, lines, rows[-1]["provenance"], notes)
-    output.with_suffix(".md").write_text(page, encoding="utf-8")
+    with run_cases("benchmarks.influence", cases, str(output), budget=options.budget) as rows:
+        if not rows:
+            return
+        titles = ["", *(f"over {axis} ({min(values)} to {max(values)})" for axis, values in axes.items())]
+        lines = [[title, *(described(rows, axis, key) for axis in axes)] for title, key in COSTS.items()]
+        Console(width=200).print(table(f"Slopes of log-log fits, {shape}", titles, lines))
+        notes = (
+            f"Slopes of log(cost) over log(axis) around {CENTRE} in the {shape} shape, with 95 % intervals and the "
+            f"number of points; device {options.device}, {options.threads} threads."
+        )
+        page = markdown("Scaling of the risk numbers", titles, lines, rows[-1]["provenance"], notes)
+        output.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def described(rows: list[dict], axis: str, key: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.cases import markdown, run_cases, shown, table
+from benchmarks.cases import markdown, run_cases, shape_source, shown, table, whole_number
 from benchmarks.influence import SHAPES
 from benchmarks.influence_measures import clock, load, random_batch
 from benchmarks.reference import plain_gradient
@@ -40,11 +40,11 @@ NOTES = (
 def main() -> None:
     """Measure every case in processes of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shape files")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128], help="tokens per text")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--implementation", default="factored")
+    parser.add_argument("--shapes", nargs="+", type=shape_source, default=SHAPES, help="shape files")
+    parser.add_argument("--tokens", nargs="+", type=whole_number, default=[32, 128], help="tokens per text")
+    parser.add_argument("--threads", type=whole_number, default=2)
+    parser.add_argument("--repeats", type=whole_number, default=5)
+    parser.add_argument("--implementation", choices=["factored", "autodiff"], default="factored")
     parser.add_argument("--output", default="runs/benchmarks/product.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,14 +59,14 @@ def main() -> None:
         for tokens in options.tokens
         for measure in MEASURES
     ]
-    results = run_cases("benchmarks.product", cases, options.output)
-    lines = [[shown(row.get(k)) for k in COLUMNS.values()] for row in by_shape_and_length(results)]
-    title = f"Set-up and product ({options.implementation}) in gradients of the same model"
-    Console(width=180).print(table(title, list(COLUMNS), lines))
-    if results:
-        notes = f"{NOTES} {options.threads} threads, {options.repeats} repeats."
-        page = markdown(title, list(COLUMNS), lines, results[-1]["provenance"], notes)
-        Path(options.output).with_suffix(".md").write_text(page, encoding="utf-8")
+    with run_cases("benchmarks.product", cases, options.output) as results:
+        lines = [[shown(row.get(k)) for k in COLUMNS.values()] for row in by_shape_and_length(results)]
+        title = f"Set-up and product ({options.implementation}) in gradients of the same model"
+        Console(width=180).print(table(title, list(COLUMNS), lines))
+        if results:
+            notes = f"{NOTES} {options.threads} threads, {options.repeats} repeats."
+            page = markdown(title, list(COLUMNS), lines, results[-1]["provenance"], notes)
+            Path(options.output).with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def by_shape_and_length(results: list[dict]) -> list[dict]:

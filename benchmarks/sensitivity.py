@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.cases import markdown, run_cases, shown, table
-from benchmarks.influence import shape_source
+from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
 from benchmarks.influence_measures import clock, load, median, peak_gib, random_batch
 from benchmarks.reference import plain_gradient
 
@@ -62,11 +61,13 @@ def measure(shape: str, tokens: int, probes: int, device: str, threads: int) -> 
 def main() -> None:
     """Run every case in a subprocess, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["bert-base"], help="names in configs/models, or files")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[32], help="tokens per text")
-    parser.add_argument("--probes", nargs="+", type=int, default=[16])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_source, default=["bert-base"], help="names in configs/models, or files"
+    )
+    parser.add_argument("--lengths", nargs="+", type=whole_number, default=[32], help="tokens per text")
+    parser.add_argument("--probes", nargs="+", type=whole_number, default=[16])
+    parser.add_argument("--threads", type=whole_number, default=2)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--output", default="runs/benchmarks/sensitivity.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -78,18 +79,18 @@ def main() -> None:
          "threads": options.threads}
         for name in options.shapes for tokens in options.lengths for probes in options.probes
     ]  # fmt: skip
-    rows = run_cases("benchmarks.sensitivity", cases, options.output)
-    if not rows:
-        return
-    titles = ["shape, tokens, probes", *COLUMNS]
-    lines = [
-        [f"{row['shape']}, {row['tokens']}, {row['probes']}", *(shown(row[column]) for column in COLUMNS)]
-        for row in rows
-    ]  # fmt: skip
-    Console(width=160).print(table("Sensitivity of all layers", titles, lines))
-    note = "Per probe; the standard error is that of the layer known least well, as a share of its norm."
-    page = markdown("Cost of the sensitivity of all layers", titles, lines, rows[-1]["provenance"], note)
-    Path(options.output).with_suffix(".md").write_text(page, encoding="utf-8")
+    with run_cases("benchmarks.sensitivity", cases, options.output) as rows:
+        if not rows:
+            return
+        titles = ["shape, tokens, probes", *COLUMNS]
+        lines = [
+            [f"{row['shape']}, {row['tokens']}, {row['probes']}", *(shown(row[column]) for column in COLUMNS)]
+            for row in rows
+        ]  # fmt: skip
+        Console(width=160).print(table("Sensitivity of all layers", titles, lines))
+        note = "Per probe; the standard error is that of the layer known least well, as a share of its norm."
+        page = markdown("Cost of the sensitivity of all layers", titles, lines, rows[-1]["provenance"], note)
+        Path(options.output).with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

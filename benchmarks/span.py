@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import run_cases, shown, table
+from benchmarks.cases import device, run_cases, shown, table, whole_number
 from benchmarks.influence_measures import clock, median, report
 
 SHAPE = "configs/models/gpt2.yaml"
@@ -28,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", default=["4x12", "4x24", "8x32"], help="batch x tokens per text")
     parser.add_argument("--shape", default=SHAPE, help="a GPT-2 shape file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=whole_number, default=2)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", default="runs/benchmarks/span.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -43,7 +43,8 @@ def main() -> None:
          "device": options.device, "reference": options.reference}
         for batch, tokens in sizes
     ]  # fmt: skip
-    Console(width=150).print(as_table(run_cases("benchmarks.span", cases, options.output)))
+    with run_cases("benchmarks.span", cases, options.output) as rows:
+        Console(width=150).print(as_table(rows))
 
 
 def measure(shape: str, batch: int, tokens: int, threads: int, device: str, reference: bool) -> dict:

@@ -140,14 +140,13 @@ def entries_of(config: ThroughputConfig) -> list[dict]:
             if processes == 1:
                 reference[scaling] = (entry["rate"], runs[0]["rows"])
             rate, rows = reference[scaling]
-            if config.split != "examples" and samples != config.samples:
-                # The one row is a mean over all probes, or the best of all restarts: of as many by one process.
+            if samples != config.samples:  # as many by one process, to be compared in whole
                 rows = launch(config, f"{scaling}-{processes}-by-one", samples, 1)["rows"]
             entries.append({
                 "scaling": scaling, "processes": processes, config.split: samples,
                 "rate": entry.pop("rate"), "slowest": min(rates), "fastest": max(rates),
                 "efficiency": median(rates) / (processes * rate), **entry,
-                "identical": all(run["rows"][: len(rows)] == rows for run in runs),
+                "identical": all(run["rows"] == rows for run in runs),
             })  # fmt: skip
     return entries
 

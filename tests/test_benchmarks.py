@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: resumption, slopes, and the published algorithm they compare with."""
 
 import argparse
+import importlib
 import json
 import math
 
@@ -54,11 +55,36 @@ def test_measured_cases_are_not_measured_again(tmp_path, monkeypatch):
     row = {"figure": 1.0, "case": case, "provenance": here}
     other = row | {"provenance": here | {"commit": "other"}, "figure": 2.0}
     output.write_text(json.dumps(other) + "\n" + json.dumps(row) + "\n" + json.dumps(row)[:20])
-    assert cases.run_cases("no.such.module", [case], str(output)) == [row]
-    with pytest.raises(SystemExit):
-        cases.run_cases("no.such.module", [{"tokens": 2}], str(output))
-    assert cases.run_cases("no.such.module", [case, {"tokens": 2}], str(output)) == [row]
-    assert cases.run_cases("no.such.module", [{"tokens": 2}], str(output), budget=-1) == []
+    with cases.run_cases("no.such.module", [case], str(output)) as rows:
+        assert rows == [row]
+    shown = []
+    with (
+        pytest.raises(SystemExit, match="failed with status 1: tokens 2"),
+        cases.run_cases("no.such.module", [case, {"tokens": 2}], str(output)) as rows,
+    ):
+        shown += rows
+    assert shown == [row]  # before the program ends with status 1
+    with cases.run_cases("no.such.module", [{"tokens": 2}], str(output), budget=-1) as rows:
+        assert rows == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["influence", "--threads", "0"], ["influence", "--device", "tpu"], ["influence", "--shapes", "nope"],
+        ["influence", "--lengths", "0"], ["product", "--shapes", "nope"], ["product", "--tokens", "0"],
+        ["product", "--implementation", "foo"], ["product", "--repeats", "0"], ["block_products", "--counts", "0"],
+        ["sensitivity", "--probes", "x"], ["descent_solve", "--scales", "0"], ["span", "--threads", "-1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_arguments_are_refused_at_once(arguments, monkeypatch, capsys):
+    name, *rest = arguments
+    monkeypatch.setattr("sys.argv", [name, *rest])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 2
+    assert rest[0] in capsys.readouterr().err
 
 
 def test_the_page_marks_what_did_not_converge():

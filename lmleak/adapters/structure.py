@@ -45,6 +45,8 @@ def select_parameters(specification: str, adapter: "ModelAdapter") -> Selection:
     Raises:
         ConfigError: If nothing is selected.
     """
+    if not isinstance(specification, str) or not specification:
+        raise ConfigError(f"shared must be all, no-word-embeddings, block:0-3 or the like, got {specification!r}")
     names, table = list(adapter.parameters()), adapter.lookup_table()
     roles = adapter.roles()
     through_lookup = False

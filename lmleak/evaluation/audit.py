@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class AuditConfig:
     """Exit with status 3 if an attack recovers more than this share of tokens under one of the defenses."""
 
     def __post_init__(self):
-        check_counts(self, "samples", "batch_size", "max_products", "probe_steps")
+        check_counts(self, "samples", "batch_size", "max_products", "probe_steps", "threads")
         if self.probes == 1 or self.probes < 0:
             raise ConfigError(f"probes must be 0 or at least 2 (a standard error needs two), got {self.probes}")
         if not 0 < self.tolerance < 1:
@@ -148,6 +149,8 @@ def run_audit(config: AuditConfig, *, command: str | None = None) -> AuditResult
     adapter = load_text_adapter(config, state)
     limit_threads(adapter, config.threads)
     items, origin = make_items(config, adapter)
+    if state.is_main_process and len(items) < config.samples:
+        print(f"{origin} holds enough for {len(items)} of the {config.samples} gradients asked for", file=sys.stderr)
     evaluator = ExampleEvaluator(adapter, example_settings(config))
     for number, (texts, labels) in enumerate(items):  # refuse bad input now, not in the middle of the run
         evaluator.check(texts, labels, thoroughly=number == 0)

@@ -262,5 +262,8 @@ def _average(average: ExpectedInfluence | None) -> dict:
         "bayes_rms": bayes and bayes.bayes.rms,
         "bayes_std_error": bayes and bayes.bayes_std_error,
         "effective_rank": bayes and bayes.effective_rank,
+        "effective_rank_std_error": bayes and bayes.effective_rank_std_error,
         "information_nats": bayes and bayes.information,
+        "information_std_error": bayes and bayes.information_std_error,
+        "expected_products": average and average.products,
     }

@@ -23,7 +23,11 @@ from lmleak.types import Magnitude
 
 @dataclass(frozen=True)
 class ExpectedInfluence:
-    """Averages over Gaussian noise of one level. Standard errors are of the ``rms`` values."""
+    """Averages over Gaussian noise of one level.
+
+    Standard errors are those of the random probes; of ``response`` and ``bayes``, of their ``rms``. Whether a number
+    converged says nothing of them.
+    """
 
     noise_std: float
     damping: float
@@ -36,8 +40,10 @@ class ExpectedInfluence:
     bayes_std_error: float
     effective_rank: float
     """sum lambda / (lambda + d): how many coordinates of x the released gradient determines, out of dx."""
+    effective_rank_std_error: float
     information: float
     """1/2 sum log(1 + lambda / d), in nats: mutual information of x and the released gradient, likewise linearised."""
+    information_std_error: float
     response_converged: bool
     """Whether the quadrature behind ``response`` met its tolerance."""
     bayes_converged: bool
@@ -109,7 +115,9 @@ def _at_level(
         bayes=magnitude(bayes_rms * math.sqrt(dx), dx),
         bayes_std_error=bayes_error,
         effective_rank=rank.value,
+        effective_rank_std_error=rank.std_error,
         information=information.value,
+        information_std_error=information.std_error,
         response_converged=response.converged,
         bayes_converged=inverse.converged and rank.converged and information.converged,
         products=spectrum.products,

@@ -34,7 +34,8 @@ class FactoredProducts(Products):
 
     Known: ``nn.Linear``, the GPT-2 ``Conv1D``, ``nn.Conv1d`` to ``nn.Conv3d`` (grouped, dilated, any padding), norms
     (LayerNorm, RMSNorm, BatchNorm in evaluation mode), embeddings of public indices. A parameter of anything else
-    (transposed convolutions, GroupNorm), or that is used outside its module, is listed in ``by_autodiff``.
+    (transposed convolutions, GroupNorm), that is used outside its module, or whose module's output is changed in place
+    afterwards (as in the residual sums of a ResNet), is listed in ``by_autodiff``.
     """
 
     def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module):

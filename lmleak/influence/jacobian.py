@@ -112,8 +112,9 @@ class InputJacobian(ABC):
         return self._matvec(self._rmatvec(v))
 
     def _check_vector(self, v: Tensor) -> None:
-        if v.shape != self.x.shape:
-            raise DataError(f"expected a vector shaped like x, {tuple(self.x.shape)}, got {tuple(v.shape)}")
+        if not isinstance(v, Tensor) or v.shape != self.x.shape:
+            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise DataError(f"expected a vector shaped like x, {tuple(self.x.shape)}, got {got}")
 
     def flatten(self, v: Tensor) -> Tensor:
         """Return the free coordinates of an x-shaped tensor as a vector (dx,)."""

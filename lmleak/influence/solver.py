@@ -83,8 +83,9 @@ class InfluenceResult:
     residual: float
     """||b - (A + damping I) z|| / ||b|| of the solution z."""
     converged: bool
-    """Whether the residual met the tolerance, and ``upper_bound`` lies within ten times that. Where that is infinite the
-    residual alone decides, and directions that the gradient hardly shows may hide: ``influence`` is a lower bound."""
+    """Whether the residual met the tolerance, and ``upper_bound`` lies within ten times that. Where that is infinite
+    the residual alone decides, and directions that the gradient hardly shows may hide: ``influence`` is a lower bound.
+    """
     products: int
     """Products with A that it rests on: of its Krylov run, and of the run that brackets lambda_max where that is
     another. All results of a sweep share them."""
@@ -136,6 +137,10 @@ class InfluenceSolver:
         max_products: int = MAX_PRODUCTS,
         seed: int = 0,
     ):
+        if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < tol < 1:
+            raise ConfigError(
+                f"tol is a relative residual between 0 and 1, got {tol!r}. The default is {SOLVER_TOLERANCE}."
+            )
         self.jacobian, self.prior = jacobian, prior
         self.tol, self.max_products, self.seed = tol, max_products, seed
         self.operator = jacobian.gram_operator()
@@ -204,7 +209,8 @@ class InfluenceSolver:
         Returns:
             The response.
         """
-        return PerturbationResponse(self, perturbation, dampings or [self.default_damping])
+        dampings = [self.default_damping] if dampings is None else list(dampings)
+        return PerturbationResponse(self, perturbation, dampings)
 
     def noise(self) -> UnitNoise:
         """Return unit Gaussian noise, as ``GaussianNoise(seed=seed)`` draws it, parameter by parameter when asked."""
@@ -239,7 +245,7 @@ class InfluenceSolver:
         Raises:
             ConfigError: If a level is negative or not finite.
         """
-        if not all(isinstance(std, Real) and math.isfinite(std) and std >= 0 for std in noise_stds):
+        if not all(isinstance(s, Real) and not isinstance(s, bool) and 0 <= s < math.inf for s in noise_stds):
             raise ConfigError(f"noise_std must be a finite number >= 0, got {list(noise_stds)}")
         dampings = [self.default_damping] if dampings is None else list(dampings)
         response = self.respond(self.noise(), dampings)

@@ -247,7 +247,7 @@ def check_products(count: int) -> None:
     Raises:
         ConfigError: If it is no whole number, or below one.
     """
-    if not isinstance(count, Integral) or count < 1:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
         raise ConfigError(f"max_products must be a whole number, at least 1, got {count!r}.")
 
 

@@ -158,7 +158,9 @@ def conjugate_gradient(
 def checked_settings(dampings: Sequence[float], tol: float, max_products: int) -> list[float]:
     """Return the dampings as floats, or raise ConfigError for a setting that no solver can use."""
     dampings = list(dampings)
-    if not dampings or not all(isinstance(d, Real) and math.isfinite(d) and d >= 0 for d in dampings):
+    if not dampings or not all(
+        isinstance(d, Real) and not isinstance(d, bool) and 0 <= d < math.inf for d in dampings
+    ):
         raise ConfigError(f"dampings must be one or more finite numbers >= 0, got {dampings}.")
     if not tol > 0:
         raise ConfigError(f"tol must be positive, got {tol}. A relative residual of 1e-6 is the default.")

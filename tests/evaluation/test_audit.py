@@ -170,6 +170,8 @@ def test_classifier_labels_by_number_and_by_name(tmp_path):
         ({"shared": "block:7"}, ConfigError, "no block 7"),
         ({"processes": 2}, ConfigError, "1 process"),
         ({"tokenizer": "nowhere"}, ConfigError, "tokenizer 'nowhere'"),
+        ({"threads": -3}, ConfigError, "threads must be at least 1"),
+        ({"shared": ""}, ConfigError, "shared must be all"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, settings, error, message):

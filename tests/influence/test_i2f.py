@@ -276,7 +276,7 @@ class TestRefusals:
             ({"noise_std": -1.0}, "finite number >= 0"),
             ({"noise_std": 1.0, "damping": -1.0}, "dampings"),
             ({"noise_std": 1.0, "damping": float("nan")}, "dampings"),
-            ({"noise_std": 1.0, "tol": 0.0}, "tol must be positive"),
+            ({"noise_std": 1.0, "tol": 0.0}, "tol is a relative residual"),
             ({"noise_std": 1.0, "max_products": 0}, "max_products"),
             ({"noise_std": 1.0, "attacker": "cosin"}, "Did you mean 'cosine'"),
             ({"noise_std": 1.0, "shared": "heads"}, "Did you mean 'head'"),

@@ -69,3 +69,17 @@ def test_zero_has_no_length_and_other_solvers_do_not_know(operator_with_spectrum
     (found,) = multishift_cg(operator, torch.zeros(40, dtype=torch.float64), [1.0])
     assert found.upper_bound == 0
     assert conjugate_gradient(operator, vector(40), damping=1.0).upper_bound == math.inf
+
+
+@pytest.mark.parametrize(("dtype", "damping", "least"), [(torch.float64, 50, 1.01), (torch.float32, 84, 1.003)])
+def test_what_rounding_hides_from_an_exhausted_run_is_allowed_for(dtype, damping, least):
+    """b has a part along the null space that is too small to continue with, and that a small damping blows up."""
+    eps = torch.finfo(dtype).eps
+    operator = MatrixOperator(torch.diag(torch.tensor([1.0, 0.0], dtype=dtype)), positive_semidefinite=True)
+    b = torch.tensor([1.0, 9 * eps], dtype=dtype)
+    (found,) = multishift_cg(operator, b, [damping * eps], tol=1e-3)
+    exact = math.hypot(1 / (1 + damping * eps), 9 / damping)
+    assert found.products == 1
+    assert exact > least
+    assert found.norm <= exact * (1 + 1e-6) <= found.upper_bound * (1 + 2e-6)
+    assert found.residual >= 9 * eps
