@@ -212,6 +212,11 @@ class GradientJacobian(InputJacobian):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if hasattr(self, "_products") and "modified by an inplace operation" in str(error):
+                raise DataError(
+                    "the model's weights, or x, were changed in place since this operator was built on them "
+                    f"({error}); build it anew: GradientJacobian(adapter, batch)"
+                ) from error
             another = "a model without it" if self.implementation == "autodiff" else "implementation='autodiff'"
             raise UnsupportedModelError(
                 f"products with J by implementation={self.implementation!r} fail in this model: "
