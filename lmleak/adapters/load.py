@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertTokenizerFast,
     GPT2TokenizerFast,
@@ -38,18 +39,22 @@ from lmleak.types import Normalization
 
 MODEL_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
     IMAGE_TASK: AutoModelForImageClassification,
 }
 CLASS_SUFFIXES = {
     "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
     "ForImageClassification": IMAGE_TASK,
 }
-PEFT_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+PEFT_TASKS = {
+    "SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "causal-lm",
+}  # fmt: skip
 TOKENIZER_DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
 BARE_VOCABULARIES = {"merges.txt": GPT2TokenizerFast, "vocab.txt": BertTokenizerFast}  # as GPT-2 and BERT ship them
 SHAPE_KEYS = {"model_type", "task", "config", "seed"}
@@ -145,7 +150,8 @@ def adapt(
         if hasattr(model, "get_input_embeddings"):
             raise UnsupportedModelError(
                 f"cannot tell the task of {type(model).__name__}; it needs a head. Pass a "
-                "...ForSequenceClassification, ...ForCausalLM or ...ForMaskedLM model, or task= (one of "
+                "...ForSequenceClassification, ...ForTokenClassification, ...ForCausalLM or ...ForMaskedLM model, or "
+                "task= (one of "
                 f"{', '.join(TEXT_TASKS)})"
             )
         task = IMAGE_TASK

@@ -3,13 +3,17 @@
 Letters: B examples, T tokens, V vocabulary, C classes.
 """
 
+from collections.abc import Sequence
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmleak.errors import DataError
 from lmleak.types import IGNORE
 
-TEXT_TASKS = ("sequence-classification", "causal-lm", "masked-lm")
+TEXT_TASKS = ("sequence-classification", "token-classification", "causal-lm", "masked-lm")
 IMAGE_TASK = "image-classification"
 MASKING_PROBABILITY = 0.15  # Devlin et al. 2019, arXiv:1810.04805, section 3.1
 
@@ -53,13 +57,49 @@ def masked_targets(ids: Tensor, mask: Tensor, special_ids: set[int], mask_id: in
     return ids.masked_fill(chosen, mask_id), ids.masked_fill(~chosen, IGNORE)
 
 
+def token_labels(labels: Sequence[Sequence[int]] | None, mask: Tensor, num_classes: int) -> Tensor:
+    """Return (B, T) classes of tokens, ``IGNORE`` on padding and where the labels say so (special tokens).
+
+    Args:
+        labels: One class per token of each text, its special tokens included, or ``IGNORE``.
+        mask: (B, T) attention mask.
+        num_classes: Classes lie in [0, num_classes).
+
+    Returns:
+        The targets.
+
+    Raises:
+        DataError: If they are missing, of other lengths, not integers, out of range, or nothing but ``IGNORE``.
+    """
+    expected = f"one integer in [0, {num_classes}) per token, {IGNORE} where a token has no label"
+    if labels is None:
+        raise DataError(f"task 'token-classification' needs labels=: for every text {expected}")
+    if len(labels) != len(mask):
+        raise DataError(f"got labels of {len(labels)} texts for {len(mask)} texts")
+    targets = torch.full(mask.shape, IGNORE)
+    for row, (own, real) in enumerate(zip(labels, mask.bool(), strict=True)):
+        values = own.tolist() if isinstance(own, Tensor) else own
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise DataError(f"labels of text {row} must be a list: {expected}, got {values!r}")
+        if len(values) != int(real.sum()):
+            raise DataError(f"got {len(values)} labels for the {int(real.sum())} tokens of text {row}; {expected}")
+        for value in values:
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole or not (value == IGNORE or 0 <= value < num_classes):
+                raise DataError(f"label {value!r} in text {row}: expected {expected}")
+        targets[row, real] = torch.tensor([int(value) for value in values])
+    if bool((targets == IGNORE).all()):
+        raise DataError(f"no token of these texts has a label; expected {expected}")
+    return targets
+
+
 def cross_entropy(task: str, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats over examples (classification) or target positions.
 
     Args:
         task: One of ``TEXT_TASKS``.
-        logits: (B, C) or (B, T, V).
-        targets: (B,) classes or (B, T) tokens with ``IGNORE``; or probabilities shaped like the logits, where a
+        logits: (B, C), (B, T, C) or (B, T, V).
+        targets: (B,) classes, or (B, T) classes or tokens with ``IGNORE``; or probabilities shaped like the logits, where a
             position of all zeros carries no loss. Causal targets are aligned with the inputs and shifted here.
 
     Returns:

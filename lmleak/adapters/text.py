@@ -21,7 +21,7 @@ from lmleak.adapters.examples import example_list, pad, token_ids, truncate
 from lmleak.adapters.families import FAMILIES, POSITIONS_FROM_MASK
 from lmleak.adapters.precision import KeepDouble
 from lmleak.adapters.structure import attention_inputs, find_blocks, position_padding, sees_ahead, text_roles
-from lmleak.adapters.targets import causal_targets, cross_entropy, masked_targets
+from lmleak.adapters.targets import causal_targets, cross_entropy, masked_targets, token_labels
 from lmleak.errors import DataError, UnsupportedModelError
 from lmleak.types import Batch, TextBatch
 
@@ -30,7 +30,7 @@ class TextAdapter(ModelAdapter):
     """A transformers language model.
 
     Args:
-        model: A model with an output head (``...ForSequenceClassification``, ``...ForCausalLM``, ``...ForMaskedLM``).
+        model: A model with the output head of a task.
         tokenizer: Its tokenizer; None if batches are given as token ids.
         task: One of ``TEXT_TASKS``.
         name: Name for reports.
@@ -113,7 +113,7 @@ class TextAdapter(ModelAdapter):
     def logits(
         self, x: Tensor, layout: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Return the logits for input x: (B, classes) or (B, T, V)."""
+        """Return the logits for input x: (B, classes), (B, T, classes) or (B, T, V)."""
         mask = layout["attention_mask"]
         ids = torch.where(mask.bool(), self._filler_id(), self.pad_id)
         return self._run(ids, layout, parameters, x=x)
@@ -153,8 +153,8 @@ class TextAdapter(ModelAdapter):
 
         Args:
             x: Embeddings (B, T, D).
-            targets: (B,) classes or (B, T) tokens with ``IGNORE``; or probabilities (B, C) or (B, T, V), where a
-                position of all zeros carries no loss. Causal targets are aligned with the inputs and shifted here.
+            targets: (B,) classes, or (B, T) classes or tokens with ``IGNORE``; or probabilities on a last axis (C, V),
+                where a position of all zeros has no loss. Causal targets are aligned with the inputs and shifted here.
             layout: attention_mask (B, T) and, for BERT, token_type_ids.
             parameters: Replacements by name.
 
@@ -183,7 +183,7 @@ class TextAdapter(ModelAdapter):
 
         Args:
             examples: Texts, or token-id sequences that already hold their special tokens.
-            labels: Classes, for sequence classification only.
+            labels: Classes, for classification: one per text, or a list of one per token (special ones: ``IGNORE``).
             max_length: Truncate longer texts to this many tokens; by default a text longer than the model's
                 positions is refused.
             padding_side: "right" or "left".
@@ -231,6 +231,8 @@ class TextAdapter(ModelAdapter):
     def _targets(self, ids: Tensor, mask: Tensor, labels, seed: int) -> tuple[Tensor, Tensor]:
         if self.task == "sequence-classification":
             return ids, self.check_labels(labels, len(ids), self.config.num_labels)
+        if self.task == "token-classification":
+            return ids, token_labels(labels, mask, self.config.num_labels)
         if labels is not None:
             raise DataError(f"task {self.task!r} takes its targets from the text; drop labels=")
         if self.task == "causal-lm":

@@ -43,6 +43,11 @@ def batch_labels(examples: Examples, adapter: TextAdapter, *, given: Sequence[in
     """
     if adapter.task == "sequence-classification":
         return class_numbers(examples.labels, adapter, examples.origin)
+    if adapter.task == "token-classification":
+        raise ConfigError(
+            f"{adapter.name} has a label per token, which these commands cannot read; in Python: "
+            "lmleak.inversion_influence(adapter, adapter.batch(texts, labels), noise_std=1e-3)"
+        )
     if given:
         raise ConfigError(
             f"got {len(given)} labels, but {adapter.name} is a language model (task {adapter.task!r}), whose targets "

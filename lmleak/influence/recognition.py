@@ -51,6 +51,13 @@ class Call:
         with torch.no_grad():
             return close(self.y, known(), 1e3)
 
+    def is_linear_in(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether y = x W^T + b, by a random r: y r = x (W^T r) + b r, without the cost of the product (Freivalds)."""
+        r = torch.randn(len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+        with torch.no_grad():
+            along = F.linear(self.x, (r @ weight)[None], None if bias is None else (bias @ r)[None])
+            return close((self.y @ r)[..., None], along, 1e3)
+
     def inside(self, theta: Mapping[str, Tensor]) -> set | None:
         """Return the nodes that lead to the output, if they begin at the input and at own parameters, each used once.
 
@@ -145,8 +152,7 @@ def _kinds(call: Call) -> dict[str, Maker]:
         return {}
     if is_linear(module) and forward in (nn.Linear.forward, Conv1D.forward):
         transposed = not isinstance(module, nn.Linear)
-        weight = own["weight"].T if transposed else own["weight"]
-        if not call.gives(lambda: F.linear(call.x, weight, own["bias"])):
+        if not call.is_linear_in(own["weight"].T if transposed else own["weight"], own["bias"]):
             return {}
         return {
             "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
