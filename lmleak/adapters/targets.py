@@ -99,8 +99,8 @@ def cross_entropy(task: str, logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         task: One of ``TEXT_TASKS``.
         logits: (B, C), (B, T, C) or (B, T, V).
-        targets: (B,) classes, or (B, T) classes or tokens with ``IGNORE``; or probabilities shaped like the logits, where a
-            position of all zeros carries no loss. Causal targets are aligned with the inputs and shifted here.
+        targets: (B,) classes, or (B, T) classes or tokens with ``IGNORE``; or probabilities shaped like the logits,
+            where a position of all zeros carries no loss. Causal targets are aligned with the inputs and shifted here.
 
     Returns:
         A scalar.
