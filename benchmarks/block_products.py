@@ -22,7 +22,8 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
-from benchmarks.influence_measures import clock, load, random_batch
+from benchmarks.influence_measures import load, random_batch
+from benchmarks.meters import clock
 from benchmarks.product import peak_resident_mib
 from lmleak.influence.factors import LinearFactor
 

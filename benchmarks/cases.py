@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from lmleak.adapters.load import REFERENCE_MODELS
+from lmleak.adapters.load import REFERENCE_MODELS, refuse_absent_device
+from lmleak.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,9 +91,12 @@ def device(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: If there is no such device here.
     """
-    if text != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", text) and torch.cuda.is_available()):
-        here = " or cuda" if torch.cuda.is_available() else ", this machine has no CUDA device"
-        raise argparse.ArgumentTypeError(f"expected cpu{here}; got {text}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text}")
+    try:
+        refuse_absent_device(text)
+    except ConfigError as error:  # argparse would not show what it says
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -31,9 +31,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
-from benchmarks.influence_measures import clock, report
-
-__all__ = ["clock", "report"]
+from benchmarks.meters import report
 
 SHAPES = ["configs/models/bert-base.yaml", "configs/models/gpt2.yaml"]
 GROUPS = {

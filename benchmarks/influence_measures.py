@@ -1,23 +1,19 @@
 """What benchmarks.influence measures, one function per process; see there."""
 
-import gc
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
 import yaml
-from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
+from benchmarks.meters import clock, device_peak_gib, host_peak_gib, median, peak_gib, report, restart_peak
 from benchmarks.reference import ParameterSpace, descent_step, parameter_space_lambda_max, plain_gradient
 
 BOUND_TOLERANCE = 0.01
+LIKELY = 0.05  # failure probability beside the solver's own 1e-3
 RELATIVE_DAMPING, RESIDUAL = 1e-4, 1e-3
 CERTIFIED_PRODUCTS = 10
 PROBES, PROBE_STEPS = 2, 80
@@ -99,7 +95,7 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
     """Return the cost of each risk number and the numbers themselves."""
     from lmleak import GradientJacobian
     from lmleak.influence import InfluenceSolver, expected_influence, sample_spectrum
-    from lmleak.linops import krylov_solve, lanczos
+    from lmleak.linops import krylov_solve, lanczos, top_eigenvalue_from_image
 
     timed = partial(clock, device=device)
     gradient_seconds, gradient = median(lambda: plain_gradient(adapter, batch), device)
@@ -141,8 +137,11 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
         bound = solver.noise_run.start_norm / bracket.upper
         figures |= {"lambda_max": bracket.upper, "bound_l2": noise_std * bound, "bound_converged": bracket.converged}
         cost("bound", bound_seconds, bracket.iterations)
-        figures["bound_seen_products"] = products_within(solver.noise_run, bracket.value, BOUND_TOLERANCE)
-        figures["bound_likely_products"] = products_likely(solver.noise_run)
+        near = lambda run: run.ritz_values()[-1] >= (1 - BOUND_TOLERANCE) * bracket.value
+        settings = {"tol": BOUND_TOLERANCE, "failure_probability": LIKELY}
+        likely = lambda run: top_eigenvalue_from_image(run, max_products=run.dimension, **settings).converged
+        figures["bound_seen_products"] = products_until(solver.noise_run, near)
+        figures["bound_likely_products"] = products_until(solver.noise_run, likely)
         damping = RELATIVE_DAMPING * bracket.value
     if "certified" in pieces:
         run = lambda: lanczos(solver.operator, solver.response(noise), max_products=CERTIFIED_PRODUCTS)
@@ -155,7 +154,9 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
         seconds, ((result,),) = timed(lambda: solver.sweep([noise_std], [damping]))
         figures |= {"damped_rms": result.influence.rms, "residual": result.residual, "converged": result.converged}
         figures["damped_width"] = result.upper_bound.l2 / result.influence.l2 - 1
-        figures["damped_enclosed_products"] = products_enclosed(solver.noise_run, damping)
+        solved = lambda run: krylov_solve(run, [damping])[0]
+        enclosed = lambda found: found.upper_bound <= (1 + BOUND_TOLERANCE) * found.norm
+        figures["damped_enclosed_products"] = products_until(solver.noise_run, lambda run: enclosed(solved(run)))
         cost("damped", setup_seconds + seconds, result.products)
     if "sweep" in pieces:
         levels, dampings = [noise_std * 10**k for k in range(-4, 4)], [damping * 10**k for k in range(4)]
@@ -176,32 +177,9 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
     return figures
 
 
-def products_within(krylov, value: float, tol: float) -> int:
-    """Return after how many products the largest Ritz value lay within ``tol`` of the one that the run ended with."""
-    tops = ((k, eigvalsh_tridiagonal(krylov.alpha[:k], krylov.beta[: k - 1])[-1]) for k in count(1))
-    return next(k for k, top in tops if top >= (1 - tol) * value)
-
-
-def products_likely(krylov) -> int | None:
-    """Return after how many products lambda_max was bracketed to 1 % except with probability 0.05."""
-    from lmleak.linops import top_eigenvalue_from_image
-
-    bracket = lambda k: top_eigenvalue_from_image(
-        krylov.after(k), max_products=k, tol=BOUND_TOLERANCE, failure_probability=0.05
-    )
-    brackets = (bracket(k) for k in range(1, krylov.dimension + 1))
-    return next((k for k, bracket in enumerate(brackets, 1) if bracket.converged), None)
-
-
-def products_enclosed(krylov, damping: float) -> int | None:
-    """Return after how many products the damped I2F was enclosed to 1 %."""
-    from lmleak.linops import krylov_solve
-
-    for k in range(1, krylov.dimension + 1):
-        (found,) = krylov_solve(krylov.after(k), [damping])
-        if found.upper_bound <= (1 + BOUND_TOLERANCE) * found.norm:
-            return k
-    return None
+def products_until(krylov, holds: Callable) -> int | None:
+    """Return after how many products something first held of a run, None if it never did."""
+    return next((k for k in range(1, krylov.dimension + 1) if holds(krylov.after(k))), None)
 
 
 def noise_response(solver, noise_std: float) -> Tensor:
@@ -310,55 +288,3 @@ def agreement(adapter, batch, pieces: list[str], device: str) -> dict:
 
 
 MEASURES = {"influence": influence, "published": published, "attacks": attacks, "agreement": agreement}
-
-
-# Clocks and meters -----------------------------------------------------------------------------------------
-
-
-def report(line: str) -> None:
-    """Say how far the case is."""
-    print(f"  {line}", file=sys.stderr, flush=True)
-
-
-def clock(action: Callable, device: str) -> tuple[float, object]:
-    """Return the seconds an action took, and its value."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    value = action()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, value
-
-
-def median(action: Callable, device: str, runs: int = 5) -> tuple[float, object]:
-    """Return the median seconds of an action after a run that warms up, and its last value."""
-    value, times = action(), []
-    for _ in range(runs):
-        del value  # or two would count in the peak memory
-        seconds, value = clock(action, device)
-        times.append(seconds)
-    return sorted(times)[runs // 2], value
-
-
-def restart_peak(device: str) -> None:
-    """Count the GPU's peak anew; the CPU's is that of the whole process."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: str) -> float:
-    """Return the peak memory in GiB: of the GPU since ``restart_peak``, or resident of this process."""
-    return host_peak_gib() if device == "cpu" else device_peak_gib(device)
-
-
-def host_peak_gib() -> float:
-    """Return this process's peak resident memory in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def device_peak_gib(device: str) -> float:
-    """Return the GPU's peak memory in GiB; 0 on the CPU."""
-    return 0.0 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30

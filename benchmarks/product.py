@@ -21,7 +21,8 @@ from rich.console import Console
 
 from benchmarks.cases import markdown, run_cases, shape_source, shown, table, whole_number
 from benchmarks.influence import SHAPES
-from benchmarks.influence_measures import clock, load, random_batch
+from benchmarks.influence_measures import load, random_batch
+from benchmarks.meters import clock
 from benchmarks.reference import plain_gradient
 
 COLUMNS = {

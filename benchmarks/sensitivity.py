@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.cases import device, markdown, run_cases, shape_source, shown, table, whole_number
-from benchmarks.influence_measures import clock, load, median, peak_gib, random_batch
+from benchmarks.influence_measures import load, random_batch
+from benchmarks.meters import clock, median, peak_gib
 from benchmarks.reference import plain_gradient
 
 REPEATS = 3  # whole measurements, of which the fastest counts

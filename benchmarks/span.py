@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import device, run_cases, shown, table, whole_number
-from benchmarks.influence_measures import clock, median, report
+from benchmarks.meters import clock, median, report
 
 SHAPE = "configs/models/gpt2.yaml"
 

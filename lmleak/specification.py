@@ -6,6 +6,7 @@ literally without escapes, so that a regular expression is written as it is. Not
 """
 
 import ast
+import math
 import numbers
 import re
 import typing
@@ -24,6 +25,21 @@ _PART = re.compile(
 _ARGUMENT = re.compile(
     r"""\s*(?P<key>[A-Za-z_]\w*)\s*=\s*(?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s,'"()]+))\s*(?:,|$)"""
 )
+
+
+def is_whole_number(value: object) -> bool:
+    """Return whether a value counts something: Python's and NumPy's integers do, truth values do not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """Return whether a value measures something: a real number within the range of float, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
 
 
 def build_parts(spec: str, kind: str, table: Mapping[str, type[T]], example: str) -> tuple[T, ...]:
@@ -107,7 +123,7 @@ def refuse_wrong_kinds(name: str, chosen: type, settings: Mapping[str, object], 
         if kinds == {bool}:
             expected, fits = "true or false", isinstance(value, bool)
         elif kinds == {int}:
-            expected, fits = "an integer", isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            expected, fits = "an integer", is_whole_number(value)
         elif kinds <= {int, float}:
             expected, fits = "a number", isinstance(value, numbers.Real) and not isinstance(value, bool)
         else:

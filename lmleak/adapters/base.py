@@ -8,13 +8,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from lmleak.adapters.structure import Selection, select_parameters
 from lmleak.errors import DataError, UnsupportedModelError
+from lmleak.specification import is_whole_number
 from lmleak.types import Batch
 
 DIGEST_ENTRIES = 64  # per parameter, evenly spaced: any training step changes nearly all
@@ -164,7 +164,7 @@ class ModelAdapter(ABC):
         if len(values) != size:
             raise DataError(f"got {len(values)} labels for {size} examples; expected one each")
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are integral too
+            if not is_whole_number(value):
                 raise DataError(f"labels must be integers in [0, {num_classes}), got {value!r}")
             if not 0 <= value < num_classes:
                 raise DataError(f"label {value} is out of range: this model has classes 0 to {num_classes - 1}")

@@ -151,8 +151,7 @@ def adapt(
             raise UnsupportedModelError(
                 f"cannot tell the task of {type(model).__name__}; it needs a head. Pass a "
                 "...ForSequenceClassification, ...ForTokenClassification, ...ForCausalLM or ...ForMaskedLM model, or "
-                "task= (one of "
-                f"{', '.join(TEXT_TASKS)})"
+                f"task= (one of {', '.join(TEXT_TASKS)})"
             )
         task = IMAGE_TASK
     if task in TEXT_TASKS:

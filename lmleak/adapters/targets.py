@@ -4,13 +4,13 @@ Letters: B examples, T tokens, V vocabulary, C classes.
 """
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lmleak.errors import DataError
+from lmleak.specification import is_whole_number
 from lmleak.types import IGNORE
 
 TEXT_TASKS = ("sequence-classification", "token-classification", "causal-lm", "masked-lm")
@@ -84,8 +84,7 @@ def token_labels(labels: Sequence[Sequence[int]] | None, mask: Tensor, num_class
         if len(values) != int(real.sum()):
             raise DataError(f"got {len(values)} labels for the {int(real.sum())} tokens of text {row}; {expected}")
         for value in values:
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if not whole or not (value == IGNORE or 0 <= value < num_classes):
+            if not is_whole_number(value) or not (value == IGNORE or 0 <= value < num_classes):
                 raise DataError(f"label {value!r} in text {row}: expected {expected}")
         targets[row, real] = torch.tensor([int(value) for value in values])
     if bool((targets == IGNORE).all()):

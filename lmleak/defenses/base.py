@@ -1,7 +1,6 @@
 """What every defense is: a pure function of a gradient, with a public description and a hidden seed."""
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lmleak.errors import ConfigError
 from lmleak.gradients.shared import SharedGradient
+from lmleak.specification import is_finite_number, is_whole_number
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class Defense(ABC):
     def _check_number(self, argument: str, expected: str, valid: Callable[[float], bool]) -> None:
         """Normalise a numeric field to float, or refuse it saying what was ``expected``."""
         value = getattr(self, argument)
-        if not _is_finite_number(value) or not valid(value):
+        if not is_finite_number(value) or not valid(value):
             self._refuse(argument, expected)
         object.__setattr__(self, argument, float(value))
 
     def _check_integer(self, argument: str, expected: str, valid: Callable[[int], bool]) -> None:
         """Normalise an integer field, or refuse it saying what was ``expected``."""
         value = getattr(self, argument)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not valid(value):
+        if not is_whole_number(value) or not valid(value):
             self._refuse(argument, expected)
         object.__setattr__(self, argument, int(value))
 
@@ -132,15 +132,6 @@ def global_norm(gradient: Mapping[str, Tensor], order: int = 2) -> float:
     """Return the l1 or l2 norm over all tensors together, accumulated in float64."""
     norms = [torch.linalg.vector_norm(t, order, dtype=torch.float64).item() for t in gradient.values()]
     return math.fsum(norm**order for norm in norms) ** (1 / order)
-
-
-def _is_finite_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of float
-        return False
 
 
 def _written(value: object) -> str:

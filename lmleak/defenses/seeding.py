@@ -1,11 +1,11 @@
 """Random streams that depend on a seed and a parameter's name, and on nothing else."""
 
 import hashlib
-from numbers import Integral
 
 import torch
 
 from lmleak.errors import ConfigError
+from lmleak.specification import is_whole_number
 
 
 def random_stream(seed: int, name: str, purpose: str) -> torch.Generator:
@@ -26,7 +26,7 @@ def random_stream(seed: int, name: str, purpose: str) -> torch.Generator:
     Raises:
         ConfigError: If the seed is no whole number, which would be another stream than the number it looks like.
     """
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
+    if not is_whole_number(seed):
         raise ConfigError(f"seed must be a whole number, got {seed!r}")
     return torch.Generator().manual_seed(_digest(purpose, seed, name))
 

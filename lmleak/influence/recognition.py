@@ -203,19 +203,19 @@ def _norm_kinds(call: Call) -> dict[str, Maker]:
         at_zero = at_zero.detach()
     u = run(ones) - at_zero
     along = [-1 if i == axis % u.dim() else 1 for i in range(u.dim())]
-    others = [i for i in range(u.dim()) if i != axis % u.dim()]
-    summed = lambda t: t.sum(others) if others else t
     write = lambda w, b: at_zero + u * w.view(along) + (0 if b is None else b.view(along))
     if not close(write(weight, bias), call.y, 1e3):
         return {}  # hooks or settings of the call had a part in the output
     generator = torch.Generator().manual_seed(0)
     draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     drawn = {n: draw(z).requires_grad_() for n, z in zeros.items()}
-    returned, cotangent = run(drawn), draw(u)
-    slopes = torch.autograd.grad(returned, list(drawn.values()), cotangent, retain_graph=True, allow_unused=True)
-    expected = [summed(u.detach() * cotangent), summed(cotangent)]
-    same = close(returned, write(drawn["weight"], drawn.get("bias")), 1e2)
-    if not same or not all(s is not None and close(s, e, 1e3) for s, e in zip(slopes, expected, strict=False)):
+    returned, expected, cotangent = run(drawn), write(drawn["weight"], drawn.get("bias")), draw(u)
+    leaves = list(drawn.values())
+    slopes = [
+        torch.autograd.grad(y, leaves, cotangent, retain_graph=True, allow_unused=True) for y in (returned, expected)
+    ]
+    same = all(a is not None and close(a, b, 1e3) for a, b in zip(*slopes, strict=True))
+    if not same or not close(returned, expected, 1e2):
         return {}  # a module that only looks like a norm; double backward serves
     return _scaled(u, axis)
 

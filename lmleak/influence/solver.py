@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from lmleak.linops import (
     multishift_krylov,
     top_eigenvalue_from_image,
 )
+from lmleak.specification import is_finite_number
 from lmleak.types import Magnitude
 
 SOLVER_TOLERANCE = 1e-3  # relative residual; the attack errors it is compared with vary far more
@@ -137,7 +137,7 @@ class InfluenceSolver:
         max_products: int = MAX_PRODUCTS,
         seed: int = 0,
     ):
-        if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < tol < 1:
+        if not is_finite_number(tol) or not 0 < tol < 1:
             raise ConfigError(
                 f"tol is a relative residual between 0 and 1, got {tol!r}. The default is {SOLVER_TOLERANCE}."
             )
@@ -245,7 +245,7 @@ class InfluenceSolver:
         Raises:
             ConfigError: If a level is negative or not finite.
         """
-        if not all(isinstance(s, Real) and not isinstance(s, bool) and 0 <= s < math.inf for s in noise_stds):
+        if not all(is_finite_number(std) and std >= 0 for std in noise_stds):
             raise ConfigError(f"noise_std must be a finite number >= 0, got {list(noise_stds)}")
         dampings = [self.default_damping] if dampings is None else list(dampings)
         response = self.respond(self.noise(), dampings)

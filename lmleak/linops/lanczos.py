@@ -96,10 +96,10 @@ class Krylov:
         return self._beta[-1] if self._beta else 0.0
 
     @property
-    def beta_open(self) -> float:
-        """beta_k, or what may stick out of a space that counts as exhausted: rounding, if it is not the whole."""
+    def betas(self) -> np.ndarray:
+        """(k,) beta_1..beta_k; the last is what may stick out: rounding if exhausted, nothing of the whole space."""
         hidden = _EXHAUSTED * self.rounding if self.dimension < self.operator.shape[0] else 0.0
-        return hidden if self.exhausted else self.beta_last
+        return np.append(self.beta, hidden if self.exhausted else self.beta_last)
 
     @property
     def next_vector(self) -> Tensor | None:

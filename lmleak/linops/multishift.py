@@ -133,7 +133,7 @@ def krylov_solve(
         One result per damping, as ``multishift_cg`` gives; ``converged`` is False where the run is too short.
     """
     shifts = checked_settings(dampings, tol, 1)
-    alpha, betas = krylov.alpha, np.append(krylov.beta, krylov.beta_open)
+    alpha, betas = krylov.alpha, krylov.betas
     if krylov.dimension:
         refuse_negative_curvature(krylov.smallest_ritz_value(), krylov.operator, krylov.scale)
     steps = [_resolved_steps(krylov, alpha, betas, shift) for shift in shifts]
@@ -183,7 +183,7 @@ class _IterateNorms:
         """Return whether the last norm and the upper bound, where there is one, agree to a relative width."""
         if width == math.inf:
             return True
-        upper = _radau_norm(krylov, krylov.alpha, np.append(krylov.beta, krylov.beta_open), self.damping)
+        upper = _radau_norm(krylov, krylov.alpha, krylov.betas, self.damping)
         return upper == math.inf or upper <= (1 + width) * self.norms[-1]
 
 
