@@ -19,7 +19,8 @@ DESCENT_RATE = 0.01
 def plain_gradient(adapter: ModelAdapter, batch: Batch) -> list[Tensor]:
     """Return the gradient over the shared parameters by one plain backward pass: the unit of all costs."""
     selection = adapter.select("no-word-embeddings")
-    theta = {n: adapter.parameters()[n].detach().requires_grad_() for n in selection.names}
+    parameters = adapter.parameters()
+    theta = {n: parameters[n].detach().requires_grad_() for n in selection.names}
     loss = adapter.shared_loss(batch, adapter.input(batch), theta, selection)
     gradient = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
     return [g for g in gradient if g is not None]
@@ -43,7 +44,8 @@ class ParameterSpace:
 
     def graphs(self) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], Tensor]:
         """Return x, theta, g and dL/dx with graphs."""
-        theta = {n: self.adapter.parameters()[n].detach().requires_grad_() for n in self.selection.names}
+        parameters = self.adapter.parameters()
+        theta = {n: parameters[n].detach().requires_grad_() for n in self.selection.names}
         x = self.x.detach().requires_grad_()
         loss = self.adapter.shared_loss(self.batch, x, theta, self.selection)
         *gradient, slope = torch.autograd.grad(loss, [*theta.values(), x], create_graph=True, allow_unused=True)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lmleak.errors import DataError
 from lmleak.influence.compact import compact_functions
+from lmleak.influence.compact_linear import compact_linears
 from lmleak.influence.compact_norms import compact_norms
 from lmleak.influence.convolutions import KernelFactor, PatchFactor
 from lmleak.influence.factors import Factor, TotalFactor
 from lmleak.influence.products import BLOCK_SIZE, Loss, Products
-from lmleak.influence.recognition import Call, edges_of, makers_of, recorded
+from lmleak.influence.recognition import Call, Maker, edges_of, makers_of, recorded
 from lmleak.influence.zeros import SharedZeros
 
 # Where a block of products pays, as measured on one core (benchmarks/results/block_products.md): 5 of BERT-base at 32
@@ -41,11 +42,7 @@ class FactoredProducts(Products):
     def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
-        calls: list[Call] = []
-        with recorded(model, self.theta, calls), compact_functions(model), compact_norms(model) as normalised:
-            value = loss(self.theta, self.x)
-        uses, parents = edges_of(value, self.theta)
-        makers = makers_of(calls, self.theta, parents, normalised)
+        value, uses, makers = self._run(loss, model)
         known = [n for n, found in makers.items() if len(found) == uses[n]]
         outputs = {id(call.y): call.y for n in known for call, _ in makers[n]}
         self.by_autodiff = tuple(n for n in self.theta if n not in known and uses.get(n, 0))
@@ -64,6 +61,26 @@ class FactoredProducts(Products):
             raise DataError("the loss does not depend on x and on the shared parameters together, so J is zero")
         self._linearise()
         self.block_size = min(BLOCK_SIZE, max(1, BLOCK_NUMBERS // max(1, self._held())))
+
+    def _run(self, loss: Loss, model: nn.Module) -> tuple[Tensor, dict[str, int], dict[str, list[tuple[Call, Maker]]]]:
+        """Return the loss, how often each parameter enters its graph, and the uses of a known kind.
+
+        Compact linear layers have no gradients of their parameters in the graph. Where one is needed, since another
+        use of it is of no known kind, the model runs once more with those layers as they are.
+        """
+        plain: list[nn.Module] = []
+        while True:
+            calls: list[Call] = []
+            compact = compact_functions(model), compact_norms(model), compact_linears(model, self.theta, plain)
+            with recorded(model, self.theta, calls), compact[0], compact[1] as normalised, compact[2] as linear:
+                value = loss(self.theta, self.x)
+            uses, parents = edges_of(value, self.theta)
+            makers = makers_of(calls, self.theta, parents, normalised, linear)
+            unknown = {n for n in self.theta if uses.get(n, 0) != len(makers.get(n, ()))}
+            missed = [call.module for call, _ in linear.values() if unknown & set(call.names.values())]
+            if not missed:
+                return value, uses, makers
+            plain += missed
 
     def _linearise(self) -> None:
         """Build the graph of DF^T c as a function of c, at c = 0.

@@ -24,6 +24,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lmleak.influence.row_maps import rows_times
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -101,7 +103,7 @@ class LinearFactor(Factor):
         if self.shape is not None:
             theta = theta.reshape(*self.g.shape[:-2], self.g.shape[-1], self.x.shape[-1])
         theta = theta.mT if self.transposed else theta
-        return self._shaped(self.g @ theta, self.x @ theta.mT)
+        return self._shaped(rows_times(self.g, theta.mT), rows_times(self.x, theta))
 
     def gram(self, primes):
         """Return (G G'^T) X + (G G^T) X' and (X X^T) G' + (X X'^T) G."""

@@ -4,7 +4,7 @@ A factor is only given for what a module alone made of its own weights: checked 
 from its input to its output, by values and by derivatives, never by names. Everything else is left to double backward.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from lmleak.influence.factors import Factor, LinearFactor, RowFactor, ScaleFacto
 
 Parents = dict[Node, list[tuple[Node, int]]]
 """Per node of a graph, who uses which of its outputs."""
+LINEAR = (nn.Linear.forward, Conv1D.forward)
 PLAIN_CONVOLUTIONS = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
 
 
@@ -45,6 +46,12 @@ class Call:
     def intact(self) -> bool:
         """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
         return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
+
+    @property
+    def has_one_precision(self) -> bool:
+        """Whether input, output and parameters are of one dtype; indices aside."""
+        tensors = (self.x, self.y, *self.module._parameters.values())
+        return len({t.dtype for t in tensors if t is not None and t.is_floating_point()}) <= 1
 
     def gives(self, known: Callable[[], Tensor]) -> bool:
         """Whether the output is that of the function that a factor assumes, without hooks and replaced methods."""
@@ -91,12 +98,18 @@ class Call:
         return leaving <= {(self.y.grad_fn, self.y.output_nr)}
 
 
+def owners(model: nn.Module, theta: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+    """Yield every module with the names in the model of those of its own parameters that are in theta."""
+    names = {id(p): n for n, p in model.named_parameters() if n in theta}
+    for module in model.modules():
+        yield module, {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
+
+
 @contextmanager
 def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
     """Record every run of a module that owns some of theta."""
-    names = {id(p): n for n, p in model.named_parameters() if n in theta}
 
-    def record(module, own):
+    def record(own):
         def hook(module, arguments, keywords, output):
             inputs = [value for value in (*arguments, *keywords.values()) if value is not None]
             if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
@@ -107,12 +120,11 @@ def recorded(model: nn.Module, theta: Mapping[str, Tensor], calls: list[Call]):
 
         return hook
 
-    handles = []
-    for module in model.modules():
-        own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
-        if own:
-            # Before other hooks, which may replace what the module returned.
-            handles.append(module.register_forward_hook(record(module, own), with_kwargs=True, prepend=True))
+    handles = [  # before other hooks, which may replace what the module returned
+        module.register_forward_hook(record(own), with_kwargs=True, prepend=True)
+        for module, own in owners(model, theta)
+        if own
+    ]
     try:
         yield
     finally:
@@ -128,18 +140,49 @@ def makers_of(
     theta: Mapping[str, Tensor],
     parents: Parents,
     normalised: Mapping[int, tuple[Tensor, Tensor]],
+    linear: Collection[int],
 ) -> dict[str, list[tuple[Call, Maker]]]:
-    """Return per parameter its uses of a known kind, and how each becomes a factor."""
+    """Return per parameter its uses of a known kind, and how each becomes a factor.
+
+    Args:
+        calls: What ran.
+        theta: Shared parameters by name.
+        parents: Of the loss's graph.
+        normalised: (output, u) per id of the output of a compact norm.
+        linear: Ids of the outputs of compact linear layers.
+    """
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
         if call.y.grad_fn not in parents or not call.intact or not call.made_alone(theta, parents):
             continue
         written = normalised.get(id(call.y))
-        kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)
+        if id(call.y) in linear:
+            kinds = _mapped(call.module)
+        else:
+            kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)
         for key, name in call.names.items():
             if key in kinds:
                 found.setdefault(name, []).append((call, kinds[key]))
     return found
+
+
+def linear_weight(call: Call) -> Tensor | None:
+    """Return W (d_out, d_in) if the call gave y = x W^T + b of its module's own W and b, None if it did not."""
+    module, own = call.module, call.module._parameters
+    if not is_linear(module) or type(module).forward not in LINEAR:
+        return None
+    if replaced_forward(module) or not call.has_one_precision:
+        return None
+    weight = own["weight"] if isinstance(module, nn.Linear) else own["weight"].T
+    return weight if call.is_linear_in(weight, own["bias"]) else None
+
+
+def _mapped(module: nn.Module) -> dict[str, Maker]:
+    """Return the factors of y = x W^T + b."""
+    return {
+        "weight": lambda call, g: LinearFactor(call.x, g, transposed=not isinstance(module, nn.Linear)),
+        "bias": lambda call, g: SumFactor(g, axis=-1),
+    }
 
 
 def _kinds(call: Call) -> dict[str, Maker]:
@@ -147,17 +190,10 @@ def _kinds(call: Call) -> dict[str, Maker]:
     module = call.module
     forward = type(module).forward
     own = module._parameters
-    precise = [t.dtype for t in (call.x, call.y, *own.values()) if t is not None and t.is_floating_point()]
-    if replaced_forward(module) or len(set(precise)) > 1:
+    if replaced_forward(module) or not call.has_one_precision:
         return {}
-    if is_linear(module) and forward in (nn.Linear.forward, Conv1D.forward):
-        transposed = not isinstance(module, nn.Linear)
-        if not call.is_linear_in(own["weight"].T if transposed else own["weight"], own["bias"]):
-            return {}
-        return {
-            "weight": lambda call, g: LinearFactor(call.x, g, transposed=transposed),
-            "bias": lambda call, g: SumFactor(g, axis=-1),
-        }
+    if is_linear(module) and forward in LINEAR:
+        return {} if linear_weight(call) is None else _mapped(module)
     convolve = getattr(type(module), "_conv_forward", None)
     if (forward, convolve) in PLAIN_CONVOLUTIONS and call.x.dim() == own["weight"].dim():
         if not call.gives(lambda: convolve(module, call.x, own["weight"], own["bias"])):

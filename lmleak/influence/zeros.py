@@ -69,6 +69,8 @@ class SharedZeros(TorchDispatchMode):
         if name in ("mm", "bmm"):
             left, right = args
             return self.zeros((*left.shape[:-1], right.shape[-1]))
+        if name == "_linear_pointwise":  # of lmleak.influence.row_maps
+            return self.zeros((*args[0].shape[:-1], len(args[1])))
         if name == "mul" and all(isinstance(t, Tensor) and t.dtype == self.like.dtype for t in args):
             return self.zeros(torch.broadcast_shapes(*(t.shape for t in args)))
         return tree_map(self._shared, function(*args, **kwargs))
