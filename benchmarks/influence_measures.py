@@ -198,31 +198,34 @@ def rms(gradient: list[Tensor]) -> float:
 
 def published(adapter, batch, pieces: list[str], device: str) -> dict:
     """Return the cost of the published algorithm."""
+    from lmleak.influence.perturbation import UnitNoise
+
     gradient_seconds, gradient = median(lambda: plain_gradient(adapter, batch), device)
     noise_std = rms(gradient)
     del gradient
     space = ParameterSpace(adapter, batch)
     figures = {}
     if "descent" in pieces:
-        from lmleak import GradientJacobian
-        from lmleak.influence import InfluenceSolver
-
-        response = noise_response(InfluenceSolver(GradientJacobian(adapter, batch), adapter.prior()), noise_std)
-        response = torch.zeros_like(space.x).masked_scatter(adapter.free(batch), response)
+        noise = UnitNoise({n: p.shape for n, p in space.parameters.items()}, space.x.dtype, seed=0)
+        delta = [noise_std * drawn.to(space.x) for _, drawn in noise.items()]
         b = torch.zeros_like(space.x)
-        step_seconds, _ = median(lambda: descent_step(space, b, response, 1.0), device, runs=2)
+        step_seconds, _ = median(lambda: descent_step(space, b, delta, 1.0), device, runs=2)
+        del delta
         seconds = step_seconds * DESCENT_STEPS
         figures |= {"descent_step_seconds": step_seconds, "descent_steps": DESCENT_STEPS, "descent_seconds": seconds,
                     "descent_gradients": seconds / gradient_seconds}  # fmt: skip
         report(f"descent: {step_seconds:.3g} s a step, {seconds:.3g} s for {DESCENT_STEPS} (extrapolated)")
-    if "eigsh" in pieces:
-        space.calls = 0
-        seconds, value = clock(lambda: parameter_space_lambda_max(space), device)
-        figures |= {
-            "eigsh_seconds": seconds, "eigsh_gradients": seconds / gradient_seconds, "eigsh_calls": space.calls,
-            "eigsh_lambda_max": value, "eigsh_peak_gib": host_peak_gib() + device_peak_gib(device),
-        }  # fmt: skip
-        report(f"eigsh: {space.calls} calls, {seconds:.3g} s")
+    for piece in ("eigsh", "released"):
+        if piece in pieces:
+            space.calls = 0
+            find = partial(parameter_space_lambda_max, space, grown=piece == "released")
+            seconds, value = clock(find, device)
+            figures |= {
+                f"{piece}_seconds": seconds, f"{piece}_gradients": seconds / gradient_seconds,
+                f"{piece}_calls": space.calls, f"{piece}_lambda_max": value,
+                f"{piece}_peak_gib": host_peak_gib() + device_peak_gib(device),
+            }  # fmt: skip
+            report(f"{piece}: {space.calls} calls, {seconds:.3g} s")
     return figures
 
 
@@ -287,4 +290,6 @@ def agreement(adapter, batch, pieces: list[str], device: str) -> dict:
     return differences | {"agreement": max(differences.values())}
 
 
-MEASURES = {"influence": influence, "published": published, "attacks": attacks, "agreement": agreement}
+MEASURES = {
+    "influence": influence, "published": published, "released": published, "attacks": attacks, "agreement": agreement,
+}  # fmt: skip

@@ -27,7 +27,7 @@ def plain_gradient(adapter: ModelAdapter, batch: Batch) -> list[Tensor]:
 
 
 class ParameterSpace:
-    """Products with J = d g / d x for one batch, each with graphs of its own, as the published code takes them.
+    """Products with J = d g / d x for one batch, each on a graph of its own, as the published code takes them.
 
     Args:
         adapter: The model.
@@ -37,69 +37,84 @@ class ParameterSpace:
     def __init__(self, adapter: ModelAdapter, batch: Batch):
         self.adapter, self.batch = adapter, batch
         self.selection = adapter.select("no-word-embeddings")
-        self.sizes = [adapter.parameters()[n].numel() for n in self.selection.names]
+        parameters = adapter.parameters()
+        self.parameters = {n: parameters[n].detach() for n in self.selection.names}
         self.x = adapter.input(batch)
         self.calls = 0
         """Products J^T J v so far."""
 
-    def graphs(self) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], Tensor]:
-        """Return x, theta, g and dL/dx with graphs."""
-        parameters = self.adapter.parameters()
-        theta = {n: parameters[n].detach().requires_grad_() for n in self.selection.names}
-        x = self.x.detach().requires_grad_()
-        loss = self.adapter.shared_loss(self.batch, x, theta, self.selection)
-        *gradient, slope = torch.autograd.grad(loss, [*theta.values(), x], create_graph=True, allow_unused=True)
-        return x, theta, gradient, slope
+    def matvec(self, delta: list[Tensor]) -> Tensor:
+        """Return J delta, shaped like x."""
+        x, theta, loss = self._graph()
+        gradient = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        pairs = [(g, d) for g, d in zip(gradient, delta, strict=True) if g is not None]
+        return torch.autograd.grad([g for g, _ in pairs], x, [d for _, d in pairs])[0]
 
-    def product(self, vector: np.ndarray) -> np.ndarray:
-        """Return J^T J v, one number per parameter, on the host as eigsh wants it."""
+    def rmatvec(self, b: Tensor) -> list[Tensor]:
+        """Return J^T b, one tensor per parameter."""
+        x, theta, loss = self._graph()
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        back = torch.autograd.grad(slope, theta, b, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(back, theta, strict=True)]
+
+    def gram(self, vector: np.ndarray, *, grown: bool = False) -> np.ndarray:
+        """Return J^T J v, one number per parameter, on the host as eigsh wants it.
+
+        Args:
+            vector: v.
+            grown: Whether the result is joined as in the released code: each parameter's part is appended to a copy of
+                all before it, which moves the square of the number of parameters.
+        """
         self.calls += 1
-        x, theta, gradient, slope = self.graphs()
-        parts = torch.as_tensor(vector.reshape(-1), dtype=x.dtype, device=x.device).split(self.sizes)
-        pairs = [(g, p.view_as(g)) for g, p in zip(gradient, parts, strict=True) if g is not None]
-        (jv,) = torch.autograd.grad([g for g, _ in pairs], x, [p for _, p in pairs], retain_graph=True)
-        back = torch.autograd.grad(slope, list(theta.values()), jv, allow_unused=True)
-        flat = [
-            torch.zeros_like(t).flatten() if b is None else b.flatten()
-            for b, t in zip(back, theta.values(), strict=True)
-        ]
-        return torch.cat(flat).cpu().numpy()
+        sizes = [p.numel() for p in self.parameters.values()]
+        parts = torch.as_tensor(vector.reshape(-1), dtype=self.x.dtype, device=self.x.device).split(sizes)
+        shaped = [part.view_as(p) for part, p in zip(parts, self.parameters.values(), strict=True)]
+        back = [g.flatten() for g in self.rmatvec(self.matvec(shaped))]
+        if not grown:
+            return torch.cat(back).cpu().numpy()
+        joined = back[0][:0]
+        for part in back:
+            joined = torch.cat([joined, part])
+        return joined.cpu().numpy()
 
-    def gram(self, b: Tensor) -> Tensor:
-        """Return J J^T b, shaped like x."""
-        _, theta, _, slope = self.graphs()
-        back = torch.autograd.grad(slope, list(theta.values()), b, allow_unused=True)
-        x, theta, gradient, _ = self.graphs()
-        pairs = [(g, p) for g, p in zip(gradient, back, strict=True) if g is not None and p is not None]
-        return torch.autograd.grad([g for g, _ in pairs], x, [p for _, p in pairs])[0]
+    def _graph(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        x = self.x.detach().requires_grad_()
+        theta = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        return x, list(theta.values()), self.adapter.shared_loss(self.batch, x, theta, self.selection)
 
 
-def descent_step(space: ParameterSpace, b: Tensor, response: Tensor, damping: float) -> Tensor:
-    """Return b after one step of the published descent on ||J^T b - delta||^2 / 2 + damping ||b||^2 / 2.
+def descent_step(space: ParameterSpace, b: Tensor, delta: list[Tensor], damping: float) -> tuple[Tensor, float, float]:
+    """Take one step of the published descent on ||J^T b - delta||^2 / 2 + damping ||b||^2 / 2.
 
     Args:
         space: J.
         b: The iterate, shaped like x.
-        response: J delta.
+        delta: One tensor per parameter.
         damping: As in A + damping I.
 
     Returns:
-        The next iterate.
+        The next iterate, ||(A + damping I) b - J delta|| before the step, and ||J^T b - delta|| after it, by which the
+        released code sees a number that is none; three products in all.
     """
-    return b - DESCENT_RATE * (space.gram(b) + damping * b - response)
+    missing = [d - p for d, p in zip(delta, space.rmatvec(b), strict=True)]
+    residual = damping * b - space.matvec(missing)
+    b = b - DESCENT_RATE * residual
+    misfit = sum((p - d).square().sum().item() for p, d in zip(space.rmatvec(b), delta, strict=True))
+    return b, residual.norm().item(), misfit**0.5
 
 
-def parameter_space_lambda_max(space: ParameterSpace, *, tol: float = 0.0) -> float:
+def parameter_space_lambda_max(space: ParameterSpace, *, tol: float = 0.0, grown: bool = False) -> float:
     """Return the largest eigenvalue of J^T J.
 
     Args:
         space: J.
         tol: Relative tolerance of eigsh; 0, as in the released code, is machine precision.
+        grown: As of ``ParameterSpace.gram``.
 
     Returns:
         The eigenvalue.
     """
-    size = sum(space.sizes)
-    operator = LinearOperator((size, size), matvec=space.product, dtype=np.float32)
+    size = sum(p.numel() for p in space.parameters.values())
+    operator = LinearOperator((size, size), matvec=lambda v: space.gram(v, grown=grown), dtype=np.float32)
     start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     return float(eigsh(operator, k=1, tol=tol, v0=start, return_eigenvectors=False)[0])

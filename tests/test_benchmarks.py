@@ -124,13 +124,21 @@ def test_the_published_algorithm_is_written_right(family):
     space = ParameterSpace(adapter, batch)
     v = torch.randn(space.x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v = v * adapter.free(batch)
-    torch.testing.assert_close(space.gram(v) * adapter.free(batch), dense.gram(v))
+    gram = lambda b: space.matvec(space.rmatvec(b))
+    torch.testing.assert_close(gram(v) * adapter.free(batch), dense.gram(v))
     matrix = dense.to_dense()
     top = torch.linalg.eigvalsh(matrix @ matrix.T)[-1].item()
     assert parameter_space_lambda_max(space) == pytest.approx(top, rel=1e-3)
     assert space.calls > 0
-    next_b = descent_step(space, v, torch.ones_like(v), 0.5)
-    torch.testing.assert_close(next_b, v - 0.01 * (space.gram(v) + 0.5 * v - 1))
+    flat = np.random.default_rng(0).standard_normal(matrix.shape[1]).astype(np.float32)
+    np.testing.assert_array_equal(space.gram(flat, grown=True), space.gram(flat))
+    delta = [torch.ones_like(p) for p in space.parameters.values()]
+    next_b, residual, misfit = descent_step(space, v, delta, 0.5)
+    expected = gram(v) + 0.5 * v - space.matvec(delta)
+    torch.testing.assert_close(next_b, v - 0.01 * expected)
+    assert residual == pytest.approx(expected.norm().item())
+    left = [p - 1 for p in space.rmatvec(next_b)]
+    assert misfit == pytest.approx(torch.cat([p.flatten() for p in left]).norm().item())
     flat = torch.cat([g.flatten() for g in plain_gradient(adapter, batch)])
     captured = capture_gradient(adapter, batch).gradient
     norm = math.sqrt(sum(g.square().sum().item() for g in captured.values()))

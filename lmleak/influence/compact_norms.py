@@ -19,6 +19,8 @@ from torch.autograd import Function
 from lmleak.adapters.structure import replaced_forward
 from lmleak.influence.compact import chosen
 
+PROBED = 16  # positions at which a module's derivatives are compared; its values are at all of them
+
 
 class Normalised(Function):
     """u = r P x."""
@@ -176,6 +178,7 @@ def _is_affine(module: nn.Module, x: Tensor, shift: int) -> bool:
     probe.__dict__["_parameters"] = dict.fromkeys(module._parameters) | drawn
     if probe.weight is not drawn["weight"] or module.weight is not module._parameters["weight"]:
         return False  # a property stands before it
+    x = x[..., :PROBED, :] if x.dim() > 1 else x
     scales = 10 ** (2 * torch.rand(x.shape[:-1], generator=generator, dtype=torch.float64) - 1)
     point, along = (draw(x) * scales[..., None].to(x)).requires_grad_(), draw(x)
     expected = _affine(_normalised(probe, point), probe.weight + shift, probe._parameters.get("bias"))

@@ -58,17 +58,14 @@ class KernelFactor(Factor):
     def tangent(self, primes):
         """Return X * G' + X' * G, correlated over examples and positions."""
         (x, g), (x_prime, g_prime) = self.values, primes
-        return self._by_weight(x, g_prime) + self._by_weight(x_prime, g)
+        both = torch.cat([x, x_prime]), torch.cat([g_prime, g])  # as two examples, whose gradients add up
+        return torch.ops.aten.convolution_backward(*reversed(both), self.weight, None, *self.settings, (False, True, False))[1]
 
     def cotangent(self, theta):
         """Return G spread by the kernel W', and the convolution of X with W'."""
         x, g = self.values
         on_x, _, _ = torch.ops.aten.convolution_backward(g, x, theta, None, *self.settings, (True, False, False))
         return on_x, torch.ops.aten.convolution(x, theta, None, *self.settings)
-
-    def _by_weight(self, x: Tensor, g: Tensor) -> Tensor:
-        only_weight = (False, True, False)
-        return torch.ops.aten.convolution_backward(g, x, self.weight, None, *self.settings, only_weight)[1]
 
 
 class PatchFactor(LinearFactor):

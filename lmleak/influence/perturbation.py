@@ -48,7 +48,7 @@ class _DrawnAhead(ItemsView):
     for the next before letting go of the last holds that as well.
     """
 
-    QUEUED = 4
+    QUEUED = 32
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         noise, names = self._mapping, deque(self._mapping)
