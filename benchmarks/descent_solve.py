@@ -5,12 +5,11 @@
 
 Both solve (A + d I) b = J delta for the same J, delta and d in float32; the truth is the dense solve in float64. The
 descent makes its products by restarted double backward passes, three in a step, of which one serves the loss
-(benchmarks/reference.py); ours is counted with the operator's set-up and the noise; one thread. The descent takes steps
-of 0.01 from a random start, 2000 at most, until the residual is below 9e-5 or the loss not a number (Zhang et al. 2023,
-arXiv:2309.13016, released code). It contracts an
-eigenvalue's error by 1 - 0.01 (lambda + d) per step: small eigenvalues, which carry I2F, keep most of theirs, and
-lambda_max > 200 diverges. Of the seeds 0 to 19, none has lambda_max > 200 at x1 (median 5.8) and three have at x1.5
-(7, 11 and 16; median 100).
+(benchmarks/reference.py); ours is counted with the operator's set-up and the noise; one thread. The descent takes
+steps of 0.01 from a random start, 2000 at most, until the residual is below 9e-5 or the loss not a number (Zhang et
+al. 2023, arXiv:2309.13016, released code). It contracts an eigenvalue's error by 1 - 0.01 (lambda + d) per step: small
+eigenvalues, which carry I2F, keep most of theirs, and lambda_max > 200 diverges. Of the seeds 0 to 19, none has
+lambda_max > 200 at x1 (median 5.8) and three have at x1.5 (7, 11 and 16; median 100).
 """
 
 import argparse

@@ -13,10 +13,10 @@ Pieces, each after those before it in its process:
   certified   the CG lower bound of I2F after 10 products, which needs no eigenvalue
   damped      I2F at damping 1e-4 lambda_max, to a residual of 1e-3
   sweep       the same at 8 noise levels and 4 dampings (1e-4 to 1e-1 lambda_max)
-  expected    mean over the noise of I2F at that damping: 2 probes of 80 products, with standard error
+  expected    mean over the noise of I2F at that damping: 2 probes of 280 products, with standard error
   descent     published: fixed-step descent for the damped I2F, 2 of its 2,000 steps measured
   eigsh       published: lambda_max by scipy's eigsh over parameter space, double backward anew each time
-  released    the same as the released code writes it: vectors are joined by appending to a copy, parameter by parameter
+  released    the same as the released code writes it, which joins vectors by appending to a copy, piece by piece
   attacks     one step of dlg, tag and gs, times the published number of steps (2,500, 2,500 and 2,000)
   agreement   the same numbers on the CPU and on --device
 
@@ -197,11 +197,11 @@ product: one A v; J delta: drawing the seeded noise on the CPU included; I_lb: s
 certified except with probability 1e-3; until within 1 %: products after which its value was that near to where the
 run ended, as is known then; at 95 %: products after which it is certified except with probability 0.05; damped: I2F at
 1e-4 lambda_max to a residual of 1e-3 and an interval of at most 1 %, everything included; until enclosed to 1 %:
-products after which its interval was that narrow; expected: 2 probes of 80 products, s.e. relative; effective rank: of
-dx, at noise of the gradient's root mean square, from the same products. peak GiB: of the
-whole process up to and with what is named (on a GPU: of its memory; eigsh: of both).
-Published algorithm: eigsh over parameter space, to machine precision as in the released code; as released: with vectors
-joined by appending each parameter's part to a copy of all before it; fixed-step descent, three products a step.
+products after which its interval was that narrow; expected: 2 probes of 280 products, s.e. relative; effective rank:
+of dx, at noise of the gradient's root mean square, from the same products. peak GiB: of the whole process up to and
+with what is named (on a GPU: of its memory; eigsh: of both).
+Published algorithm: eigsh over parameter space, to machine precision as in the released code; as released: which joins
+its vectors by appending each parameter's part to a copy of all before it; fixed-step descent, three products a step.
 † extrapolated: the measured seconds of one step times the published number of steps (descent 2,000; dlg and tag 2,500,
 gs 2,000). * not converged within the products allowed. One text of random tokens, random weights, float32, no TF32.
 """

@@ -16,7 +16,7 @@ BOUND_TOLERANCE = 0.01
 LIKELY = 0.05  # failure probability beside the solver's own 1e-3
 RELATIVE_DAMPING, RESIDUAL = 1e-4, 1e-3
 CERTIFIED_PRODUCTS = 10
-PROBES, PROBE_STEPS = 2, 80
+PROBES, PROBE_STEPS = 2, 280
 DESCENT_STEPS = 2000
 PUBLISHED_STEPS = {"dlg": 2500, "tag": 2500, "gs": 2000}
 """Steps per restart of the published text attacks: LAMP's harness (arXiv:2202.08827) runs DLG and TAG for 2,500 and

@@ -58,8 +58,9 @@ class KernelFactor(Factor):
     def tangent(self, primes):
         """Return X * G' + X' * G, correlated over examples and positions."""
         (x, g), (x_prime, g_prime) = self.values, primes
-        both = torch.cat([x, x_prime]), torch.cat([g_prime, g])  # as two examples, whose gradients add up
-        return torch.ops.aten.convolution_backward(*reversed(both), self.weight, None, *self.settings, (False, True, False))[1]
+        inputs, slopes = torch.cat([x, x_prime]), torch.cat([g_prime, g])  # two examples, whose gradients add up
+        only_weight = (False, True, False)
+        return torch.ops.aten.convolution_backward(slopes, inputs, self.weight, None, *self.settings, only_weight)[1]
 
     def cotangent(self, theta):
         """Return G spread by the kernel W', and the convolution of X with W'."""

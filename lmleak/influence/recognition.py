@@ -171,8 +171,8 @@ def linear_weight(call: Call) -> Tensor | None:
     module, own = call.module, call.module._parameters
     if not is_linear(module) or type(module).forward not in LINEAR:
         return None
-    if replaced_forward(module) or not call.has_one_precision:
-        return None
+    if replaced_forward(module) or not call.has_one_precision or own.get("weight") is None:
+        return None  # the last where the weight is computed of other parameters
     weight = own["weight"] if isinstance(module, nn.Linear) else own["weight"].T
     return weight if call.is_linear_in(weight, own["bias"]) else None
 

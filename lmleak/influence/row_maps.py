@@ -1,8 +1,8 @@
 """x W^T for few rows and a large W: what products with J spend their time on.
 
-torch's own matrix product (MKL on x86) is built for many rows. On two cores of an AMD EPYC, 32 rows by 768 x 3072 numbers
-take it 1.9 ms and oneDNN 1.1, 128 rows 5.1 and 3.3, and of 128 x 128 numbers it is the quicker one. oneDNN is asked
-through the operator that torch's compiler writes for linear layers; where torch lacks it, MKL serves.
+torch's own matrix product (MKL on x86) is made for many rows. On two cores of an AMD EPYC, 32 rows by 768 x 3072
+numbers take it 1.9 ms and oneDNN 1.1, 128 rows 5.1 and 3.3; of 128 x 128 numbers it is the quicker one. oneDNN is
+asked by the operator that torch's compiler writes for linear layers; where torch lacks it, its own product serves.
 """
 
 import torch

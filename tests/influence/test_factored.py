@@ -102,12 +102,20 @@ def test_transformers_have_factors_for_every_parameter(name):
     assert set(products.by_autodiff) == left.get(name, set())
 
 
+@pytest.mark.parametrize("large", [1, 2**18])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "opt"])
-def test_float32_equals_double_backward(name):
+def test_float32_equals_double_backward(name, large, monkeypatch):
+    """Whether linear maps go by oneDNN or by torch's own product, one by one and in a block."""
+    monkeypatch.setattr("lmleak.influence.row_maps.LARGE", large)
     adapter, batch = make(name, dtype=torch.float32)
     fast, reference = (GradientJacobian(adapter, batch, implementation=i) for i in ("factored", "autodiff"))
     v = randn(*fast.x.shape, dtype=torch.float32)
     assert relative(fast.gram(v), reference.gram(v)) < 1e-4
+    delta = {n: randn(*p.shape, seed=i, dtype=torch.float32) for i, (n, p) in enumerate(fast.theta.items())}
+    assert relative(fast.matvec(delta), reference.matvec(delta)) < 1e-4
+    fast.block_size = 3
+    block = randn(fast.dx, 3, seed=1, dtype=torch.float32)
+    assert relative(fast.gram_operator().matmat(block), reference.gram_operator().matmat(block)) < 1e-4
 
 
 class LargestNewTensor(TorchDispatchMode):
@@ -151,6 +159,7 @@ def test_a_tied_table_adds_nothing_of_its_size():
 @pytest.mark.parametrize("way", ["by tokens", "by weights", "autodiff"])
 def test_no_tensor_of_a_weights_size_is_allocated(way, shared, monkeypatch):
     """Products of the weights' size and the reference show that the watch sees; with "all" the tied table counts."""
+    monkeypatch.setattr("lmleak.influence.row_maps.LARGE", 1)
     adapter, batch = wide_gpt2()
     if way == "by weights":
         monkeypatch.setattr("lmleak.influence.factors.positions_are_cheaper", lambda *sizes: False)
