@@ -29,17 +29,18 @@ def rows_times(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_is_batched = torch._C._functorch.is_batchedtensor  # by vmap, which does not know oneDNN's operator
+_is_batched = torch._C._functorch.is_batchedtensor  # by vmap: its rule for oneDNN's operator would cost what it saves
 
 
 def row_map(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T for a constant W, with a graph where one is built."""
-    plain = not (torch.is_grad_enabled() or _is_batched(x))
-    return rows_times(x, weight) if plain else RowMap.apply(x, weight)
+    return RowMap.apply(x, weight) if torch.is_grad_enabled() else rows_times(x, weight)
 
 
 class RowMap(Function):
     """x W^T as a function of x, (..., d_in): its derivative is the same map of W^T, and so on."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight):
@@ -56,8 +57,3 @@ class RowMap(Function):
         """Return g W."""
         (weight,) = ctx.saved_tensors
         return row_map(g, weight.mT), None
-
-    @staticmethod
-    def vmap(info, in_dims, x, weight):
-        """Map the rows of all vectors at once."""
-        return row_map(x.movedim(in_dims[0], 0), weight), 0
