@@ -132,7 +132,7 @@ def influence(adapter, batch, pieces: list[str], device: str) -> dict:
             solver.lambda_max  # noqa: B018 (draws the noise as well)
             return solver
 
-        bound_seconds, solver = timed(bound_from_nothing)
+        bound_seconds, solver = median(bound_from_nothing, device, runs=3, warm_up=False)
         jacobian, bracket = solver.jacobian, solver.lambda_max
         bound = solver.noise_run.start_norm / bracket.upper
         figures |= {"lambda_max": bracket.upper, "bound_l2": noise_std * bound, "bound_converged": bracket.converged}

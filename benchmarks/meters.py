@@ -25,9 +25,9 @@ def clock(action: Callable, device: str) -> tuple[float, object]:
     return time.perf_counter() - start, value
 
 
-def median(action: Callable, device: str, runs: int = 5) -> tuple[float, object]:
-    """Return the median seconds of an action after a run that warms up, and its last value."""
-    value, times = action(), []
+def median(action: Callable, device: str, runs: int = 5, *, warm_up: bool = True) -> tuple[float, object]:
+    """Return the median seconds of an action, after a run that warms up, and its last value."""
+    value, times = action() if warm_up else None, []
     for _ in range(runs):
         del value  # or two would count in the peak memory
         seconds, value = clock(action, device)
