@@ -13,6 +13,7 @@ Norms are in :mod:`lmleak.influence.compact_norms`.
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,48 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lmleak.adapters.structure import replaced_forward
+
+
+class Recording:
+    """The time in which a model runs for its graph.
+
+    A model that takes derivatives on its own meanwhile (energies, penalties, inner steps) needs all of its graphs:
+    compact ones know the products with J alone.
+    """
+
+    current: ClassVar["Recording | None"] = None
+
+    def __init__(self):
+        self.derived = False
+        """Whether a compact node was differentiated meanwhile."""
+
+    @classmethod
+    @contextmanager
+    def begun(cls):
+        """Yield a recording that lasts as long as the context."""
+        with cls._being(cls()) as run:
+            yield run
+
+    @classmethod
+    def interrupted(cls):
+        """Return a context whose derivatives are not the model's own."""
+        return cls._being(None)
+
+    @classmethod
+    @contextmanager
+    def _being(cls, run):
+        before, cls.current = cls.current, run
+        try:
+            yield run
+        finally:
+            cls.current = before
+
+    @classmethod
+    def note(cls) -> None:
+        """Say that a compact node is differentiated."""
+        if cls.current is not None:
+            cls.current.derived = True
+
 
 ELEMENTWISE = ("torch.nn.modules.activation", "transformers.activations")  # where smooth activations are defined
 
@@ -37,6 +80,7 @@ class Elementwise(Function):
     @staticmethod
     def backward(ctx, g):
         """Return g f'."""
+        Recording.note()
         return chosen(_Slope, _slope)(g, *ctx.saved_tensors), None, None, None
 
 
@@ -91,6 +135,7 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx, g):
         """Return g w (p - e_t)."""
+        Recording.note()
         logits, p, targets, weight = ctx.saved_tensors
         return chosen(_Residual, _residual)(g, logits, p, targets, weight), None, None
 

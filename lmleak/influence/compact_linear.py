@@ -13,8 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.modules.module import _global_forward_hooks
 
 from lmleak.adapters.structure import is_linear
+from lmleak.influence.compact import Recording
 from lmleak.influence.recognition import Call, linear_weight, owners
 from lmleak.influence.row_maps import row_map
 
@@ -40,6 +42,7 @@ class Linear(Function):
     @staticmethod
     def backward(ctx, g):
         """Return g W, and nothing for the parameters."""
+        Recording.note()
         (weight,) = ctx.saved_tensors
         return None, row_map(g, weight.mT), None, *([None] * ctx.own)
 
@@ -54,25 +57,26 @@ def compact_linears(model: nn.Module, theta: Mapping[str, Tensor], plain: Collec
         plain: Layers that are left as they are.
 
     Yields:
-        (what ran, output) per id of an output; empty until the model runs.
+        (what ran, output) per ids of module and output; empty until the model runs.
     """
-    found: dict[int, tuple[Call, Tensor]] = {}
+    found: dict[tuple[int, int], tuple[Call, Tensor]] = {}
+    shared = {id(p) for p in theta.values()}
 
     def compact(own):
         def hook(module, arguments, keywords, output):
-            if len(arguments) != 1 or keywords or not torch.is_grad_enabled():
-                return None
+            if len(arguments) != 1 or keywords or _global_forward_hooks or not torch.is_grad_enabled():
+                return None  # hooks of all modules ran before, and may have bent the gradient alone
             (x,) = arguments
             if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.requires_grad:
                 return None
             call = Call(module, own, x, output, (x._version, output._version))
-            weight = linear_weight(call)
-            parameters = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            alone = call.intact and all(p.is_leaf for p in parameters) and call.inside(theta) is not None
-            if weight is None or not alone:
+            parameters = {key: p for key, p in module._parameters.items() if p is not None and p.requires_grad}
+            lent = any(id(p) in shared and p is not theta.get(own.get(key)) for key, p in parameters.items())
+            weight = linear_weight(call, theta)
+            if weight is None or lent or not call.intact or not all(p.is_leaf for p in parameters.values()):
                 return None
-            y = Linear.apply(output.detach(), x, weight.detach(), *parameters)
-            found[id(y)] = call, y
+            y = Linear.apply(output.detach(), x, weight.detach(), *parameters.values())
+            found[id(module), id(y)] = call, y
             return y
 
         return hook

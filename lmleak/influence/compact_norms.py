@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lmleak.adapters.structure import replaced_forward
-from lmleak.influence.compact import chosen
+from lmleak.influence.compact import Recording, chosen
 
 PROBED = 16  # positions at which a module's derivatives are compared; its values are at all of them
 
@@ -40,6 +40,7 @@ class Normalised(Function):
     @staticmethod
     def backward(ctx, g):
         """Return r Q g."""
+        Recording.note()
         return chosen(_Slope, _slope)(g, *ctx.saved_tensors, ctx.centred), None, None
 
 
@@ -107,9 +108,9 @@ def compact_norms(model: nn.Module):
         model: Whose norms are hooked for the time being.
 
     Yields:
-        (output, u) per id of an output; empty until the model runs.
+        (output, u) per ids of module and output; empty until the model runs.
     """
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def compact(module, arguments, keywords, output):
         if len(arguments) != 1 or keywords or not (arguments[0].requires_grad and torch.is_grad_enabled()):
@@ -117,7 +118,7 @@ def compact_norms(model: nn.Module):
         written = _written(module, arguments[0])
         if written is None or not _close(written[0], output, 64 * torch.finfo(output.dtype).eps):
             return None
-        found[id(written[0])] = written
+        found[id(module), id(written[0])] = written
         return written[0]
 
     handles = [
@@ -187,7 +188,8 @@ def _is_affine(module: nn.Module, x: Tensor, shift: int) -> bool:
     if returned.shape != expected.shape or not _close(returned, expected, 64 * eps):
         return False
     leaves = [point, *drawn.values()]
-    slopes = [torch.autograd.grad(y, leaves, along, allow_unused=True) for y in (returned, expected)]
+    with Recording.interrupted():
+        slopes = [torch.autograd.grad(y, leaves, along, allow_unused=True) for y in (returned, expected)]
     return all(a is not None and _close(a, b, 1e3 * eps) for a, b in zip(*slopes, strict=True))
 
 

@@ -10,13 +10,14 @@ Both graphs are built once.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lmleak.errors import DataError
-from lmleak.influence.compact import compact_functions
+from lmleak.influence.compact import Recording, compact_functions
 from lmleak.influence.compact_linear import compact_linears
 from lmleak.influence.compact_norms import compact_norms
 from lmleak.influence.convolutions import KernelFactor, PatchFactor
@@ -28,6 +29,23 @@ from lmleak.influence.zeros import SharedZeros
 # Where a block of products pays, as measured on one core (benchmarks/results/block_products.md): 5 of BERT-base at 32
 # tokens and one at 128; 4 of ResNet-20 and one of ResNet-18, whose convolutions fill a core sooner.
 BLOCK_NUMBERS, CONVOLUTION_WEIGHT = 2**25, 16
+
+
+@contextmanager
+def compact_graphs(model: nn.Module, theta: Mapping[str, Tensor], plain: Collection[nn.Module]):
+    """Run a model with compact graphs.
+
+    Args:
+        model: The model.
+        theta: Shared parameters by name.
+        plain: Linear layers that are left as they are.
+
+    Yields:
+        The recording, and what ``compact_norms`` and ``compact_linears`` found.
+    """
+    norms, linears = compact_norms(model), compact_linears(model, theta, plain)
+    with Recording.begun() as run, compact_functions(model), norms as normalised, linears as linear:
+        yield run, normalised, linear
 
 
 class FactoredProducts(Products):
@@ -42,7 +60,18 @@ class FactoredProducts(Products):
     def __init__(self, loss: Loss, theta: Mapping[str, Tensor], x: Tensor, model: nn.Module):
         self.x = x.detach().requires_grad_()
         self.theta = {n: p.detach().requires_grad_() for n, p in theta.items()}
-        value, uses, makers = self._run(loss, model)
+        try:
+            self._build(loss, model, compact=True)
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass  # of what compact graphs cannot do, checkpoints for one; otherwise it comes again
+        self._build(loss, model, compact=False)
+
+    def _build(self, loss: Loss, model: nn.Module, *, compact: bool) -> None:
+        """Run the model and make factors, gradients and the graph of DF^T c."""
+        value, uses, makers = self._run(loss, model, compact)
         known = [n for n, found in makers.items() if len(found) == uses[n]]
         outputs = {id(call.y): call.y for n in known for call, _ in makers[n]}
         self.by_autodiff = tuple(n for n in self.theta if n not in known and uses.get(n, 0))
@@ -62,18 +91,23 @@ class FactoredProducts(Products):
         self._linearise()
         self.block_size = min(BLOCK_SIZE, max(1, BLOCK_NUMBERS // max(1, self._held())))
 
-    def _run(self, loss: Loss, model: nn.Module) -> tuple[Tensor, dict[str, int], dict[str, list[tuple[Call, Maker]]]]:
+    def _run(
+        self, loss: Loss, model: nn.Module, compact: bool
+    ) -> tuple[Tensor, dict[str, int], dict[str, list[tuple[Call, Maker]]]]:
         """Return the loss, how often each parameter enters its graph, and the uses of a known kind.
 
         Compact linear layers have no gradients of their parameters in the graph. Where one is needed, since another
-        use of it is of no known kind, the model runs once more with those layers as they are.
+        use of it is of no known kind, the model runs once more with those layers as they are; and with all as they
+        are where it takes derivatives on its own.
         """
         plain: list[nn.Module] = []
         while True:
             calls: list[Call] = []
-            compact = compact_functions(model), compact_norms(model), compact_linears(model, self.theta, plain)
-            with recorded(model, self.theta, calls), compact[0], compact[1] as normalised, compact[2] as linear:
+            graphs = compact_graphs(model, self.theta, plain) if compact else nullcontext((Recording(), {}, {}))
+            with recorded(model, self.theta, calls), graphs as (run, normalised, linear):
                 value = loss(self.theta, self.x)
+            if run.derived:
+                return self._run(loss, model, compact=False)
             uses, parents = edges_of(value, self.theta)
             makers = makers_of(calls, self.theta, parents, normalised, linear)
             unknown = {n for n in self.theta if uses.get(n, 0) != len(makers.get(n, ()))}

@@ -22,6 +22,10 @@ from lmleak.influence.factors import Factor, LinearFactor, RowFactor, ScaleFacto
 Parents = dict[Node, list[tuple[Node, int]]]
 """Per node of a graph, who uses which of its outputs."""
 LINEAR = (nn.Linear.forward, Conv1D.forward)
+_MATRIX = ("Addmm", "Mm", "Mv", "Addmv", "Dot", "Bmm", "Baddbmm", "Add", "Linear")
+_SHAPE = ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Squeeze", "Unsqueeze", "Clone")
+LINEAR_NODES = {f"{kind}Backward{number}" for kind in _MATRIX + _SHAPE for number in (0, 1)}
+"""What F.linear makes a graph of, whatever the axes; a hook that bends the gradient adds other nodes."""
 PLAIN_CONVOLUTIONS = [(kind.forward, kind._conv_forward) for kind in CONVOLUTIONS]
 
 
@@ -45,13 +49,14 @@ class Call:
     @property
     def intact(self) -> bool:
         """Whether neither tensor was changed in place since, nor the output's gradient by a hook."""
-        return (self.x._version, self.y._version) == self.versions and not self.y._backward_hooks
+        hooked = self.y._backward_hooks or self.module._is_full_backward_hook is False  # the latter: deprecated hooks
+        return (self.x._version, self.y._version) == self.versions and not hooked
 
     @property
     def has_one_precision(self) -> bool:
         """Whether input, output and parameters are of one dtype; indices aside."""
         tensors = (self.x, self.y, *self.module._parameters.values())
-        return len({t.dtype for t in tensors if t is not None and t.is_floating_point()}) <= 1
+        return len({t.dtype for t in tensors if t is not None and (t.is_floating_point() or t.is_complex())}) <= 1
 
     def gives(self, known: Callable[[], Tensor]) -> bool:
         """Whether the output is that of the function that a factor assumes, without hooks and replaced methods."""
@@ -139,8 +144,8 @@ def makers_of(
     calls: list[Call],
     theta: Mapping[str, Tensor],
     parents: Parents,
-    normalised: Mapping[int, tuple[Tensor, Tensor]],
-    linear: Collection[int],
+    normalised: Mapping[tuple[int, int], tuple[Tensor, Tensor]],
+    linear: Collection[tuple[int, int]],
 ) -> dict[str, list[tuple[Call, Maker]]]:
     """Return per parameter its uses of a known kind, and how each becomes a factor.
 
@@ -148,31 +153,35 @@ def makers_of(
         calls: What ran.
         theta: Shared parameters by name.
         parents: Of the loss's graph.
-        normalised: (output, u) per id of the output of a compact norm.
-        linear: Ids of the outputs of compact linear layers.
+        normalised: (output, u) per ids of a compact norm and its output.
+        linear: Ids of compact linear layers and their outputs.
     """
     found: dict[str, list[tuple[Call, Maker]]] = {}
     for call in calls:
         if call.y.grad_fn not in parents or not call.intact or not call.made_alone(theta, parents):
             continue
-        written = normalised.get(id(call.y))
-        if id(call.y) in linear:
+        ran = id(call.module), id(call.y)
+        written = normalised.get(ran)
+        if ran in linear:
             kinds = _mapped(call.module)
         else:
-            kinds = _kinds(call) if written is None else _scaled(written[1], axis=-1)
+            kinds = _kinds(call, theta) if written is None else _scaled(written[1], axis=-1)
         for key, name in call.names.items():
             if key in kinds:
                 found.setdefault(name, []).append((call, kinds[key]))
     return found
 
 
-def linear_weight(call: Call) -> Tensor | None:
+def linear_weight(call: Call, theta: Mapping[str, Tensor]) -> Tensor | None:
     """Return W (d_out, d_in) if the call gave y = x W^T + b of its module's own W and b, None if it did not."""
     module, own = call.module, call.module._parameters
-    if not is_linear(module) or type(module).forward not in LINEAR:
+    if not is_linear(module) or type(module).forward not in LINEAR or not own.keys() >= {"weight", "bias"}:
+        return None  # the last where one of them is computed of other parameters
+    if replaced_forward(module) or not call.has_one_precision or own["weight"].is_complex():
         return None
-    if replaced_forward(module) or not call.has_one_precision or own.get("weight") is None:
-        return None  # the last where the weight is computed of other parameters
+    nodes = call.inside(theta)
+    if nodes is None or any(node.name() not in LINEAR_NODES for node in nodes):
+        return None
     weight = own["weight"] if isinstance(module, nn.Linear) else own["weight"].T
     return weight if call.is_linear_in(weight, own["bias"]) else None
 
@@ -185,7 +194,7 @@ def _mapped(module: nn.Module) -> dict[str, Maker]:
     }
 
 
-def _kinds(call: Call) -> dict[str, Maker]:
+def _kinds(call: Call, theta: Mapping[str, Tensor]) -> dict[str, Maker]:
     """Return how the parameters of a module become factors, by their names in the module."""
     module = call.module
     forward = type(module).forward
@@ -193,7 +202,7 @@ def _kinds(call: Call) -> dict[str, Maker]:
     if replaced_forward(module) or not call.has_one_precision:
         return {}
     if is_linear(module) and forward in LINEAR:
-        return {} if linear_weight(call) is None else _mapped(module)
+        return {} if linear_weight(call, theta) is None else _mapped(module)
     convolve = getattr(type(module), "_conv_forward", None)
     if (forward, convolve) in PLAIN_CONVOLUTIONS and call.x.dim() == own["weight"].dim():
         if not call.gives(lambda: convolve(module, call.x, own["weight"], own["bias"])):

@@ -22,8 +22,10 @@ def rows_times(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., d_out).
     """
-    here = x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= LARGE
-    if here and _HAS_ONEDNN and not (_is_batched(x) or _is_batched(weight)):
+    here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
+    plain = _is_batched(x) or _is_batched(weight) or torch.is_autocast_enabled("cpu")
+    dense = weight.is_contiguous() or weight.mT.is_contiguous()  # others take oneDNN a thousand times as long
+    if _HAS_ONEDNN and here and dense and not plain:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.mT
 

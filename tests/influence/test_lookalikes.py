@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
-from lmleak.errors import UnsupportedModelError
 from lmleak.influence import GradientJacobian
 from tests.families import image_problem
 from tests.influence.vectors import randn, relative
@@ -208,11 +207,9 @@ class Half(nn.Module):
             return self.inner(x).to(x.dtype)
 
 
-def test_what_cannot_be_traced_is_refused_with_advice():
-    adapter, batch = problem(Checkpointed)
-    with pytest.raises(UnsupportedModelError, match="implementation='autodiff'"):
-        GradientJacobian(adapter, batch).verify()
-    assert GradientJacobian(adapter, batch, implementation="autodiff").gram(randn(*adapter.input(batch).shape)).any()
+def test_a_checkpoint_runs_without_compact_graphs():
+    """What it recomputes later has no hooks."""
+    assert compare(*problem(Checkpointed))[0] < 1e-10
 
 
 def test_a_layer_in_another_precision_goes_by_double_backward():
