@@ -17,14 +17,15 @@ def rows_times(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: (..., d_in).
-        weight: W, (d_out, d_in), in any layout.
+        weight: W, (d_out, d_in), in any layout; or a stack of them beside one of x, as matrix products take it.
 
     Returns:
         (..., d_out).
     """
     here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
     plain = _is_batched(x) or _is_batched(weight) or torch.is_autocast_enabled("cpu")
-    dense = weight.is_contiguous() or weight.mT.is_contiguous()  # others take oneDNN a thousand times as long
+    # oneDNN takes a thousand times as long for other layouts, and crashes on a stack.
+    dense = weight.dim() == 2 and (weight.is_contiguous() or weight.mT.is_contiguous())
     if _HAS_ONEDNN and here and dense and not plain:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.mT

@@ -31,6 +31,16 @@ def test_rows_times_a_matrix(size, oneDNN, monkeypatch):
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5 * size[1] ** 0.5, msg=way)
 
 
+def test_a_stack_of_matrices_meets_a_stack_of_rows(monkeypatch):
+    """As grouped convolutions have them; oneDNN's operator knows no stacks."""
+    monkeypatch.setattr(row_maps, "LARGE", 1)
+    for groups in (1, 2):
+        weight, x = randn(groups, 40, 30, dtype=torch.float32), randn(groups, 7, 30, seed=1, dtype=torch.float32)
+        torch.testing.assert_close(rows_times(x, weight), torch.einsum("gnd,god->gno", x, weight))
+        transposed = weight.mT.contiguous().mT
+        torch.testing.assert_close(rows_times(x, transposed), torch.einsum("gnd,god->gno", x, weight))
+
+
 def test_a_row_map_is_differentiated_as_often_as_one_likes():
     weight, x = randn(4, 3), randn(2, 5, 3, seed=1).requires_grad_()
     with torch.random.fork_rng():
