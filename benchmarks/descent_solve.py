@@ -24,11 +24,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.cases import provenance, shown, table
-from benchmarks.reference import ParameterSpace, descent_step
+from benchmarks.reference import DESCENT_STEPS, ParameterSpace, descent_step
 from lmleak.adapters import LeNet, adapt
 from lmleak.influence import GradientJacobian, InfluenceSolver, eigen_directions
 
-STEPS, TOLERANCE = 2000, 9e-5
+TOLERANCE = 9e-5
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def fixed_step_descent(
     """
     b = torch.randn(space.x.shape, generator=torch.Generator().manual_seed(seed), dtype=space.x.dtype)
     steps, size, misfit = 0, math.inf, 0.0
-    while steps < STEPS and size >= TOLERANCE and not math.isnan(misfit):
+    while steps < DESCENT_STEPS and size >= TOLERANCE and not math.isnan(misfit):
         b, size, misfit = descent_step(space, b, delta, damping)
         steps += 1
     return b, size / space.matvec(delta).norm().item(), steps

@@ -10,14 +10,19 @@ import yaml
 from torch import Tensor
 
 from benchmarks.meters import clock, device_peak_gib, host_peak_gib, median, peak_gib, report, restart_peak
-from benchmarks.reference import ParameterSpace, descent_step, parameter_space_lambda_max, plain_gradient
+from benchmarks.reference import (
+    DESCENT_STEPS,
+    ParameterSpace,
+    descent_step,
+    parameter_space_lambda_max,
+    plain_gradient,
+)
 
 BOUND_TOLERANCE = 0.01
 LIKELY = 0.05  # failure probability beside the solver's own 1e-3
 RELATIVE_DAMPING, RESIDUAL = 1e-4, 1e-3
 CERTIFIED_PRODUCTS = 10
 PROBES, PROBE_STEPS = 2, 280
-DESCENT_STEPS = 2000
 PUBLISHED_STEPS = {"dlg": 2500, "tag": 2500, "gs": 2000}
 """Steps per restart of the published text attacks: LAMP's harness (arXiv:2202.08827) runs DLG and TAG for 2,500 and
 the cosine objective for 2,000."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from lmleak.adapters.base import ModelAdapter
 from lmleak.types import Batch
 
-DESCENT_RATE = 0.01
+DESCENT_RATE, DESCENT_STEPS = 0.01, 2000
 
 
 def plain_gradient(adapter: ModelAdapter, batch: Batch) -> list[Tensor]:
